@@ -1,0 +1,66 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+
+#include "parallel.h"
+
+namespace sage {
+
+namespace generic {
+extern const KernelTable table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+#endif
+
+const KernelTable* kernel_table(int index) {
+#if defined(__x86_64__)
+  static const KernelTable* const tables[] = {&generic::table, &avx2::table, &avx512::table};
+  return index >= 0 && index < 3 ? tables[index] : nullptr;
+#else
+  return index == 0 ? &generic::table : nullptr;
+#endif
+}
+
+bool is_supported(int index) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (index == 1)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (index == 2) {
+    return is_supported(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return index == 0;
+}
+
+namespace {
+
+struct Buffer {
+  void* data = nullptr;
+  std::size_t size = 0;
+  ~Buffer() { std::free(data); }
+};
+
+}  // namespace
+
+void* scratch(std::size_t bytes, int slot) {
+  thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[slot];
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    const std::size_t rounded = (bytes + 63) / 64 * 64;
+    buffer.data = std::aligned_alloc(64, rounded);
+    buffer.size = buffer.data == nullptr ? 0 : rounded;
+    if (buffer.data == nullptr) std::abort();  // no memory for a few hundred kilobytes: nothing can be computed
+  }
+  return buffer.data;
+}
+
+}  // namespace sage

@@ -1,0 +1,145 @@
+// The seam between the bindings and the kernels: plain argument structs and one table of function pointers an ISA.
+//
+// Law of every kernel: the value of an output element depends only on its own row's inputs, computed in one fixed
+// order. Batch size, chunking, thread count and ISA change no bit (exact fused multiply-add everywhere, one summation
+// order).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sage {
+
+// Columns of a packed weight block, keys of a score block and lanes of a vector: the one width everything is cut into.
+inline constexpr int kLanes = 16;
+// Context tokens whose softmax is computed in one piece; pieces are merged in order.
+inline constexpr int kSplit = 256;
+
+enum class Element : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
+
+// y[m, n] = bias[n] + sum over k in ascending order of x[m, k] * w[n, k].
+struct LinearArgs {
+  const float* x;      // [m, k], row stride x_stride
+  const void* weight;  // packed: [ceil(n / 16)][k][16]
+  const float* bias;   // [n] or null
+  float* y;            // [m, n], row stride y_stride
+  std::ptrdiff_t x_stride;
+  std::ptrdiff_t y_stride;
+  int m;
+  int n;
+  int k;
+  Element type;
+  int threads;
+};
+
+struct PackArgs {
+  const void* source;  // [n, k], row stride source_stride, elements of `type`
+  void* packed;        // [ceil(n / 16)][k][16]; missing rows are zero
+  std::ptrdiff_t source_stride;
+  int n;
+  int k;
+  Element type;
+  int threads;
+};
+
+struct UnpackRowsArgs {
+  const void* packed;
+  const std::int64_t* rows;  // [num_rows]
+  float* y;                  // [num_rows, k]
+  int num_rows;
+  int k;
+  Element type;
+};
+
+// Causal attention over the paged cache [2, num_blocks, kv_heads, block_size, head_dim]; head_dim is a multiple of 16.
+struct AttentionArgs {
+  const float* q;  // [tokens, heads, head_dim], token stride q_stride
+  const void* cache;
+  float* out;                           // [tokens, heads, head_dim]
+  const std::int32_t* query_start_loc;  // [requests + 1]
+  const std::int32_t* context_lens;     // [requests]: tokens visible after this step
+  const std::int32_t* block_tables;     // [requests, table_width]
+  std::ptrdiff_t q_stride;
+  int requests;
+  int table_width;
+  int heads;
+  int kv_heads;
+  int head_dim;
+  int block_size;
+  std::int64_t num_blocks;
+  float scale;
+  int window;      // tokens a query sees, itself included; 0 = all
+  float soft_cap;  // 0 = none
+  Element type;
+  int threads;
+};
+
+struct CacheWriteArgs {
+  const float* k;  // [tokens, kv_heads, head_dim], token stride k_stride
+  const float* v;
+  void* cache;
+  const std::int64_t* slot_mapping;  // [tokens]; negative = not written
+  std::ptrdiff_t k_stride;
+  std::ptrdiff_t v_stride;
+  int tokens;
+  int kv_heads;
+  int head_dim;
+  int block_size;
+  std::int64_t num_blocks;
+  Element type;
+};
+
+// y = rms(x [+ residual]) * weight; new_residual = x + residual where residual is given.
+struct NormArgs {
+  const float* x;         // [rows, size], row stride x_stride
+  const float* residual;  // [rows, size] or null
+  const float* weight;    // [size]
+  float* y;
+  float* new_residual;  // null exactly when residual is null
+  std::ptrdiff_t x_stride;
+  int rows;
+  int size;
+  float eps;
+  int threads;
+};
+
+// Rotates in place the first 2 * half entries of each head.
+struct RotaryArgs {
+  float* x;          // [tokens, heads, head_dim], token stride x_stride
+  const float* cos;  // [positions, half]
+  const float* sin;
+  const std::int64_t* positions;  // [tokens]
+  std::ptrdiff_t x_stride;
+  int tokens;
+  int heads;
+  int head_dim;
+  int half;
+  int interleaved;  // 1: pairs (2i, 2i+1); 0: pairs (i, i + half)
+};
+
+enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
+
+// y[:, i] = act(x[:, i]) * x[:, size + i].
+struct GatedArgs {
+  const float* x;  // [rows, 2 * size]
+  float* y;        // [rows, size]
+  int rows;
+  int size;
+  Activation act;
+  int threads;
+};
+
+struct KernelTable {
+  const char* name;
+  bool fast_fma;  // false: fused multiply-adds are library calls; right, but slower than torch
+  void (*pack)(const PackArgs&);
+  void (*unpack_rows)(const UnpackRowsArgs&);
+  void (*linear)(const LinearArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*write_cache)(const CacheWriteArgs&);
+  void (*norm)(const NormArgs&);
+  void (*rotary)(const RotaryArgs&);
+  void (*gated)(const GatedArgs&);
+};
+
+}  // namespace sage

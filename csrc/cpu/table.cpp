@@ -1,0 +1,28 @@
+// One table of this ISA's kernels; compiled once an ISA, with SAGE_ISA as its namespace.
+#include "kernels.h"
+
+#define SAGE_TEXT_OF(name) #name
+#define SAGE_TEXT(name) SAGE_TEXT_OF(name)
+
+namespace sage::SAGE_ISA {
+
+void pack(const PackArgs&);
+void unpack_rows(const UnpackRowsArgs&);
+void linear(const LinearArgs&);
+void attention(const AttentionArgs&);
+void write_cache(const CacheWriteArgs&);
+void norm(const NormArgs&);
+void rotary(const RotaryArgs&);
+void gated(const GatedArgs&);
+
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFastFma = true;
+#else
+constexpr bool kFastFma = false;
+#endif
+
+extern const KernelTable table;
+const KernelTable table = {SAGE_TEXT(SAGE_ISA), kFastFma,    pack, unpack_rows, linear,
+                           attention,           write_cache, norm, rotary,      gated};
+
+}  // namespace sage::SAGE_ISA

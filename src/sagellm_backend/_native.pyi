@@ -1,0 +1,74 @@
+"""Types of the compiled kernels. Addresses are `Tensor.data_ptr()`, strides count elements, `isa` is an index of
+`supported_isas()`, `type` is 0 for float32, 1 for bfloat16, 2 for float16. Nothing is checked here."""
+
+def supported_isas() -> list[str]: ...
+def has_fast_fma(isa: int) -> bool: ...
+def pack(isa: int, source: int, packed: int, stride: int, n: int, k: int, type: int, threads: int) -> None: ...
+def linear(
+    isa: int, x: int, weight: int, bias: int, y: int, x_stride: int, m: int, n: int, k: int, type: int, threads: int
+) -> None: ...
+def unpack_rows(isa: int, packed: int, rows: int, y: int, num_rows: int, k: int, type: int) -> None: ...
+def attention(
+    isa: int,
+    q: int,
+    cache: int,
+    out: int,
+    query_start_loc: int,
+    context_lens: int,
+    block_tables: int,
+    q_stride: int,
+    requests: int,
+    table_width: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    num_blocks: int,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    type: int,
+    threads: int,
+) -> None: ...
+def write_cache(
+    isa: int,
+    k: int,
+    v: int,
+    cache: int,
+    slot_mapping: int,
+    k_stride: int,
+    v_stride: int,
+    tokens: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    num_blocks: int,
+    type: int,
+) -> None: ...
+def norm(
+    isa: int,
+    x: int,
+    residual: int,
+    weight: int,
+    y: int,
+    new_residual: int,
+    x_stride: int,
+    rows: int,
+    size: int,
+    eps: float,
+    threads: int,
+) -> None: ...
+def rotary(
+    isa: int,
+    x: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    x_stride: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    half: int,
+    interleaved: int,
+) -> None: ...
+def gated(isa: int, x: int, y: int, rows: int, size: int, act: int, threads: int) -> None: ...

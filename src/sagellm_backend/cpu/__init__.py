@@ -1,0 +1,1 @@
+"""What the CPU backend knows about its machine, and its native ops."""

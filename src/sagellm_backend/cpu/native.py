@@ -1,0 +1,262 @@
+"""The compiled CPU kernels as ops: the one file that passes raw pointers.
+
+Importing it registers the ops of the fastest instruction set this processor has (ImportError where the
+installation was built without a compiler). Everything is checked here, once a call: dtype, shape, strides.
+What a kernel does not cover (a head size that is no multiple of 16, exact gelu) goes to the reference op.
+
+Each output element is one chain of fused multiply-adds in one order, whatever the batch, the threads or the
+instruction set, so results are the same to the bit; see csrc/cpu.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sagellm_backend import _native, reference
+from sagellm_backend.attention import AttentionMetadata
+from sagellm_backend.ops import OPS, Approximation, OpRegistry, PackedLinear
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LANES = 16
+_SILU, _GELU_TANH = 0, 1
+PRIORITY = 20
+
+
+class NativePackedLinear(PackedLinear):
+    """A weight in groups of sixteen output columns, `[ceil(N / 16), K, 16]`, in its own dtype."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self, weight: Tensor, isa: int) -> None:
+        n, k = weight.shape
+        super().__init__(k, n, weight.dtype, -(-n // _LANES) * _LANES * k * weight.itemsize)
+        self.packed = torch.empty(-(-n // _LANES), k, _LANES, dtype=weight.dtype)
+        _native.pack(
+            isa, weight.data_ptr(), self.packed.data_ptr(), weight.stride(0), n, k, _TYPES[weight.dtype], _num_threads()
+        )
+
+
+class NativeOps:
+    """The ops of one instruction set; `isa` is an index of `supported_isas()`."""
+
+    def __init__(self, isa: int) -> None:
+        self.isa = isa
+        self.name = _native.supported_isas()[isa]
+
+    def register(self, registry: OpRegistry, *, priority: int = PRIORITY) -> None:
+        """Offer these ops to CPU backends."""
+        for op in (
+            "pack_linear",
+            "linear",
+            "rms_norm",
+            "add_rms_norm",
+            "rotary",
+            "silu_and_mul",
+            "gelu_and_mul",
+            "reshape_and_cache",
+            "paged_attention",
+        ):
+            registry.register(op, kind="cpu", priority=priority, source=f"native[{self.name}]")(getattr(self, op))
+
+    # ---- linear ---------------------------------------------------------------------------------------
+
+    def pack_linear(self, weight: Tensor) -> PackedLinear:
+        """See `reference.pack_linear`. The packed form is a copy: the caller may drop its tensor."""
+        if weight.dim() != 2 or weight.dtype not in _TYPES or weight.stride(1) != 1:
+            return reference.pack_linear(weight)
+        return NativePackedLinear(weight, self.isa)
+
+    def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+        """See `reference.linear`; here the product is in float32 whatever the weight is stored in."""
+        if not isinstance(packed, NativePackedLinear) or x.dtype is not torch.float32:
+            return reference.linear(x, packed, bias)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        assert x.dim() == 2, x.shape
+        assert x.shape[1] == packed.in_features, (x.shape, packed)
+        if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
+            bias = bias.float().contiguous()
+        m, n = x.shape[0], packed.out_features
+        y = torch.empty(m, n)
+        _native.linear(
+            self.isa,
+            x.data_ptr(),
+            packed.packed.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.stride(0),
+            m,
+            n,
+            packed.in_features,
+            _TYPES[packed.dtype],
+            _num_threads(),
+        )
+        return y
+
+    # ---- rows by themselves ---------------------------------------------------------------------------
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `reference.rms_norm`."""
+        if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
+            return reference.rms_norm(x, weight, eps)
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        y = torch.empty(rows.shape)
+        self._norm(rows, None, weight, y, None, eps)
+        return y.view(x.shape)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `reference.add_rms_norm`."""
+        usable = x.dim() == 2 and x.stride(1) == 1 and residual.is_contiguous()
+        if not usable or {x.dtype, residual.dtype, weight.dtype} != {torch.float32}:
+            return reference.add_rms_norm(x, residual, weight, eps)
+        y, new_residual = torch.empty(x.shape), torch.empty(x.shape)
+        self._norm(x, residual, weight, y, new_residual, eps)
+        return y, new_residual
+
+    def _norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, new_residual: Tensor | None, eps: float
+    ) -> None:
+        assert weight.is_contiguous(), weight.stride()
+        assert weight.shape[0] == x.shape[1], (weight.shape, x.shape)
+        _native.norm(
+            self.isa,
+            x.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            y.data_ptr(),
+            0 if new_residual is None else new_residual.data_ptr(),
+            x.stride(0),
+            x.shape[0],
+            x.shape[1],
+            eps,
+            _num_threads(),
+        )
+
+    def rotary(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See `reference.rotary`; rotates in place."""
+        tables_fit = cos.is_contiguous() and sin.is_contiguous() and cos.dtype is sin.dtype is torch.float32
+        if not tables_fit or not _heads_fit(q) or not _heads_fit(k) or not positions.is_contiguous():
+            return reference.rotary(q, k, cos, sin, positions, interleaved)
+        for x in (q, k):
+            _native.rotary(
+                self.isa,
+                x.data_ptr(),
+                cos.data_ptr(),
+                sin.data_ptr(),
+                positions.data_ptr(),
+                x.stride(0),
+                x.shape[0],
+                x.shape[1],
+                x.shape[2],
+                cos.shape[1],
+                int(interleaved),
+            )
+        return q, k
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """See `reference.silu_and_mul`."""
+        if x.dtype is not torch.float32 or not x.is_contiguous():
+            return reference.silu_and_mul(x)
+        return self._gated(x, _SILU)
+
+    def gelu_and_mul(self, x: Tensor, approximate: Approximation = "none") -> Tensor:
+        """See `reference.gelu_and_mul`."""
+        if approximate != "tanh" or x.dtype is not torch.float32 or not x.is_contiguous():
+            return reference.gelu_and_mul(x, approximate)
+        return self._gated(x, _GELU_TANH)
+
+    def _gated(self, x: Tensor, act: int) -> Tensor:
+        rows, size = x.shape[0], x.shape[1] // 2
+        y = torch.empty(rows, size)
+        _native.gated(self.isa, x.data_ptr(), y.data_ptr(), rows, size, act, _num_threads())
+        return y
+
+    # ---- the paged cache ------------------------------------------------------------------------------
+
+    def reshape_and_cache(self, k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        """See `reference.reshape_and_cache`."""
+        if kv_cache.dtype not in _TYPES or not kv_cache.is_contiguous() or not (_heads_fit(k) and _heads_fit(v)):
+            reference.reshape_and_cache(k, v, kv_cache, slot_mapping)
+            return
+        _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
+        assert slot_mapping.dtype is torch.int64, slot_mapping.dtype
+        _native.write_cache(
+            self.isa,
+            k.data_ptr(),
+            v.data_ptr(),
+            kv_cache.data_ptr(),
+            slot_mapping.contiguous().data_ptr(),
+            k.stride(0),
+            v.stride(0),
+            k.shape[0],
+            num_kv_heads,
+            head_dim,
+            block_size,
+            num_blocks,
+            _TYPES[kv_cache.dtype],
+        )
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        meta: AttentionMetadata,
+        scale: float,
+        *,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> Tensor:
+        """See `reference.paged_attention`."""
+        _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
+        if kv_cache.dtype not in _TYPES or head_dim % _LANES or not kv_cache.is_contiguous() or not _heads_fit(q):
+            return reference.paged_attention(q, kv_cache, meta, scale, sliding_window=sliding_window, soft_cap=soft_cap)
+        block_tables = meta.block_tables.contiguous()
+        out = torch.empty(q.shape)
+        _native.attention(
+            self.isa,
+            q.data_ptr(),
+            kv_cache.data_ptr(),
+            out.data_ptr(),
+            meta.query_start_loc.data_ptr(),
+            meta.context_lens.data_ptr(),
+            block_tables.data_ptr(),
+            q.stride(0),
+            meta.num_requests,
+            block_tables.shape[1],
+            q.shape[1],
+            num_kv_heads,
+            head_dim,
+            block_size,
+            num_blocks,
+            scale,
+            sliding_window,
+            soft_cap,
+            _TYPES[kv_cache.dtype],
+            _num_threads(),
+        )
+        return out
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets that the kernels were built for and this processor has, the fastest last."""
+    return list(_native.supported_isas())
+
+
+def _heads_fit(x: Tensor) -> bool:
+    """Whether `x [T, H, D]` is float32 with its heads next to each other (a slice of a fused row is fine)."""
+    return x.dtype is torch.float32 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
+_FASTEST = NativeOps(len(supported_isas()) - 1)
+# Without fused multiply-add in hardware the kernels are right but slower than torch.
+if _native.has_fast_fma(_FASTEST.isa):
+    _FASTEST.register(OPS)

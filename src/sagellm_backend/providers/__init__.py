@@ -1,0 +1,1 @@
+"""One file a backend. Each has a `create(**options)` that the entry-point group `sagellm.backends` names."""

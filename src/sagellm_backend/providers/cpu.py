@@ -1,0 +1,96 @@
+"""The CPU backend: float32 activations, weights in any stored dtype, native ops where they are built."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from sagellm_backend.cpu.topology import read_memory, read_topology
+from sagellm_backend.ops import OpTable
+from sagellm_backend.provider import (
+    DEFAULT_KV_ELEMENTS_PER_TOKEN,
+    TABLE_KERNELS,
+    BackendProvider,
+    MemoryInfo,
+    parse_device,
+)
+from sagellm_protocol import CapabilityDescriptor, DType, InvalidArgumentError
+
+logger = logging.getLogger(__name__)
+
+
+class CPUBackendProvider(BackendProvider):
+    """This machine's processors and memory.
+
+    Args:
+        device: only "cpu" is meaningful; accepted so that every provider is made alike.
+        native: False takes the torch reference for every op.
+        op_sources: forces implementations by op name, see `OpTable.build`.
+        kv_elements_per_token: see `BackendProvider`.
+    """
+
+    kind = "cpu"
+    collective_backend = "gloo"
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        native: bool = True,
+        op_sources: Mapping[str, str] | None = None,
+        kv_elements_per_token: int = DEFAULT_KV_ELEMENTS_PER_TOKEN,
+    ) -> None:
+        if parse_device(device).type != "cpu":
+            raise InvalidArgumentError(f"the cpu backend runs on device 'cpu', got {device!r}", field="device")
+        self._topology = read_topology()
+        if native:
+            load_native_ops()
+        ops = OpTable.build("cpu", features=self._topology.features, prefer=op_sources, reference_only=not native)
+        super().__init__(torch.device("cpu"), ops, kv_elements_per_token=kv_elements_per_token)
+
+    def capability(self) -> CapabilityDescriptor:
+        """The processor's name, instruction sets and memory."""
+        memory = self.memory_info()
+        return CapabilityDescriptor(
+            device_name=self._topology.model_name,
+            device_type=self.kind,
+            total_memory_bytes=memory.total_bytes,
+            available_memory_bytes=memory.available_bytes,
+            supported_dtypes=(DType.FP32, DType.FP16, DType.BF16),
+            supported_kernels=TABLE_KERNELS,
+            has_stream=True,
+            has_event=True,
+            has_collective=torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+            isa=tuple(sorted(self._topology.features)),
+        )
+
+    def memory_info(self) -> MemoryInfo:
+        """The machine's memory, or what its control group leaves of it."""
+        memory = read_memory()
+        return MemoryInfo(memory.total_bytes, memory.available_bytes)
+
+    def compute_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        """Always float32: processors have few or no 16-bit units, and memory traffic is the weights'."""
+        del weight_dtype
+        return torch.float32
+
+
+@lru_cache(maxsize=1)
+def load_native_ops() -> bool:
+    """Register the compiled ops; False, with one warning, where this installation has none."""
+    try:
+        importlib.import_module("sagellm_backend.cpu.native")
+    except ImportError as error:
+        logger.warning("no native CPU ops (%s): the torch reference computes, more slowly", error)
+        return False
+    return True
+
+
+def create(**options: Any) -> CPUBackendProvider:
+    """The entry point `cpu`."""
+    return CPUBackendProvider(**options)

@@ -1,0 +1,119 @@
+"""What the control plane knows of engines: instances, their kinds, states and figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from pydantic import Field
+
+from sagellm_protocol import RequestPriority, Response
+from sagellm_protocol.model import EdgeModel, ProtocolEnum
+
+__all__ = [
+    "ControlPlaneMetrics",
+    "EngineInfo",
+    "EngineState",
+    "ExecutionInstance",
+    "ExecutionInstanceType",
+    "PerformanceTotals",
+    "RequestPriority",
+    "RequestType",
+]
+
+
+class EngineState(ProtocolEnum):
+    """Life of an engine under the control plane; one that was never started is STOPPED."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    ERROR = "error"
+
+
+class RequestType(ProtocolEnum):
+    """What a request asks of an engine."""
+
+    LLM_GENERATE = "llm_generate"
+    LLM_CHAT = "llm_chat"
+    EMBEDDING = "embedding"
+
+
+class ExecutionInstanceType(IntEnum):
+    """What an instance is meant for; GENERAL and HYBRID take everything."""
+
+    GENERAL = 0
+    PREFILLING = 1
+    DECODING = 2
+    HYBRID = 3
+    EMBEDDING = 4
+    LLM_EMBEDDING = 5
+
+
+class ExecutionInstance(EdgeModel):
+    """An engine that requests can be sent to, as its operator describes it.
+
+    The parallel sizes and `gpu_count` describe the hardware the instance was planned for; an engine in this
+    process runs on one device whatever they say.
+    """
+
+    instance_id: str = Field(min_length=1)
+    model_name: str = Field(default="builtin", min_length=1)
+    instance_type: ExecutionInstanceType = ExecutionInstanceType.GENERAL
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    gpu_count: int = Field(default=1, ge=0)
+    max_concurrent_requests: int = Field(default=32, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """One engine at this moment."""
+
+    engine_id: str
+    model: str
+    instance_type: ExecutionInstanceType
+    state: EngineState
+    num_requests: int  # in flight
+    num_tokens: int  # prompt and expected output tokens of those
+    max_model_len: int
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class PerformanceTotals:
+    """Sums over finished requests, from which `ControlPlaneMetrics` are made."""
+
+    num_requests: int = 0
+    num_failed: int = 0
+    num_output_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    latency_s: float = 0.0
+    ttft_ms: float = 0.0
+
+    def add(self, response: Response, latency_s: float) -> None:
+        """Count one finished request."""
+        self.num_requests += 1
+        self.num_failed += response.error is not None
+        self.num_output_tokens += response.usage.completion_tokens
+        self.num_prompt_tokens += response.usage.prompt_tokens
+        self.num_cached_tokens += response.usage.cached_tokens
+        self.latency_s += latency_s
+        self.ttft_ms += response.metrics.ttft_ms
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlaneMetrics:
+    """Figures since the manager started. Times in seconds unless the name says otherwise."""
+
+    throughput: float  # output tokens a second
+    requests_per_second: float
+    avg_latency: float
+    avg_ttft_ms: float
+    gpu_utilization: float  # share of the engines' places in use now, 0..1
+    cache_hit_rate: float  # of prompt tokens
+    error_rate: float
+    num_requests: int
+    num_waiting: int

@@ -1,0 +1,186 @@
+"""From a request as the protocol has it to requests the engine core can run.
+
+Holds `InputProcessor` and `generation_defaults`. It promises: what comes out is complete and valid, so that nothing
+behind it checks again: token ids within the vocabulary, room for at least one new token, every sampling parameter
+resolved, a concrete seed. What is wrong with a request is said here, before it costs anything, as one
+`InvalidArgumentError` naming the field and the remedy.
+
+Sampling parameters come from the first that gave them: the request, the engine's `sampling_defaults`, the model's
+`generation_config.json`, the protocol's defaults. Only `max_tokens` ends at the engine's `max_new_tokens` instead of
+the model's. Whatever was asked for, prompt and output together never exceed `max_model_len` (or the request's
+`kv_budget_tokens`): `max_tokens` is cut to what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sagellm_core.chat_template import PLAIN_CHAT_STOP
+from sagellm_core.decoding import child_request
+from sagellm_core.engine_core.types import EngineCoreRequest
+from sagellm_protocol.errors import InvalidArgumentError
+from sagellm_protocol.fields import MAX_SEED, MAX_STOP_STRINGS
+from sagellm_protocol.messages import ChatMessage
+from sagellm_protocol.request import Request
+from sagellm_protocol.sampling import DecodingStrategy, SamplingParams
+
+if TYPE_CHECKING:
+    from sagellm_core.models.config import ModelConfig
+    from sagellm_core.tokenizer import Tokenizer
+
+__all__ = ["InputProcessor", "generation_defaults"]
+
+_NEUTRAL_TEMPERATURE = 1.0
+
+
+class InputProcessor:
+    """Tokenises, validates and resolves requests for one model; stateless, safe to share between threads."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        model_config: ModelConfig,
+        *,
+        defaults: SamplingParams | None = None,
+        default_max_tokens: int = 128,
+        max_model_len: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = model_config.spec.vocab_size
+        self._model_max_len = model_config.max_model_len
+        self._max_model_len = max_model_len
+        self._default_max_tokens = default_max_tokens
+        self._defaults = (defaults or SamplingParams()).merged_over(generation_defaults(model_config.generation_config))
+        # Chat models often end a turn with a token that only the tokenizer names.
+        eos_token_ids = (*model_config.eos_token_ids, *tokenizer.eos_token_ids)
+        self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if token_id < self._vocab_size)
+
+    def process(self, request: Request, *, arrival_time: float = 0.0) -> list[EngineCoreRequest]:
+        """The `n` sequences that `request` asks for, each with a seed and an id of its own.
+
+        `arrival_time` is in seconds of the engine's monotonic clock. Raises `InvalidArgumentError`.
+        """
+        prompt_token_ids = self._prompt_ids(request)
+        sampling = self._resolve_sampling(request, len(prompt_token_ids))
+        self._check_token_ids(sampling.stop_token_ids, "stop_token_ids")
+        self._check_token_ids(sampling.logit_bias or (), "logit_bias")
+        core = EngineCoreRequest(
+            request_id=request.request_id,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            eos_token_ids=self._eos_token_ids,
+            priority=int(request.priority),
+            arrival_time=arrival_time,
+            cache_salt=request.cache_salt,
+            lora_id=request.lora,
+            # A cached token was not computed here, so its logprob would be missing.
+            read_prefix_cache=sampling.prompt_logprobs is None,
+            seed=secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed,
+        )
+        return [child_request(core, index) for index in range(sampling.n)]
+
+    # ---- the prompt -----------------------------------------------------------------------------------
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        if request.messages is not None:
+            field, token_ids = "messages", self._encode_chat(request)
+        elif isinstance(request.prompt, str):
+            field, token_ids = "prompt", self._encode_text(request.prompt)
+        else:
+            field, token_ids = "prompt", list(request.prompt or ())
+        if not token_ids:
+            raise InvalidArgumentError(f"{field} is empty; give at least one character or token id", field=field)
+        self._check_token_ids(token_ids, field)
+        return token_ids
+
+    def _encode_text(self, prompt: str) -> list[int]:
+        return self._tokenizer.encode(prompt) if prompt else []
+
+    def _encode_chat(self, request: Request) -> list[int]:
+        options: dict[str, Any] = dict(request.chat_template_kwargs or {})
+        clash = next((name for name in ("messages", "tools") if name in options), None)
+        if clash is not None:
+            raise InvalidArgumentError(
+                f"chat_template_kwargs may not hold {clash}; give the request's own field {clash}",
+                field="chat_template_kwargs",
+            )
+        if request.tools is not None:
+            options["tools"] = [tool.model_dump(mode="json", exclude_none=True) for tool in request.tools]
+        return self._tokenizer.encode_chat(
+            [_template_message(message) for message in request.messages or ()], **options
+        )
+
+    def _check_token_ids(self, token_ids: Iterable[int], field: str) -> None:
+        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < self._vocab_size), None)
+        if wrong is not None:
+            raise InvalidArgumentError(
+                f"{field} holds the token id {wrong}, the model's vocabulary ends at {self._vocab_size - 1}; "
+                "use ids of this model's tokenizer",
+                field=field,
+            )
+
+    # ---- sampling -------------------------------------------------------------------------------------
+
+    def _resolve_sampling(self, request: Request, num_prompt_tokens: int) -> SamplingParams:
+        sampling = request.resolved_sampling(self._defaults)
+        changes: dict[str, Any] = {}
+        wanted = sampling.max_tokens if "max_tokens" in sampling.model_fields_set else self._default_max_tokens
+        room = self._room(request, num_prompt_tokens)
+        if sampling.strategy is DecodingStrategy.CONTRASTIVE:
+            room = max(1, room - 1)  # it looks one token ahead
+        max_tokens = min(wanted, room)
+        if max_tokens != sampling.max_tokens:
+            changes = {"max_tokens": max_tokens, "min_tokens": min(sampling.min_tokens, max_tokens)}
+        if request.messages is not None and not self._tokenizer.has_chat_template:
+            changes["stop"] = tuple(dict.fromkeys((*sampling.stop, *PLAIN_CHAT_STOP)))[:MAX_STOP_STRINGS]
+        return sampling.replace(**changes) if changes else sampling
+
+    def _room(self, request: Request, num_prompt_tokens: int) -> int:
+        """How many tokens fit behind the prompt; raises if none does."""
+        limit, name = self._max_model_len, "max_model_len"
+        if request.kv_budget_tokens is not None and request.kv_budget_tokens < limit:
+            limit, name = request.kv_budget_tokens, "kv_budget_tokens"
+        if num_prompt_tokens < limit:
+            return limit - num_prompt_tokens
+        can_grow = name == "kv_budget_tokens" or limit < self._model_max_len
+        raise InvalidArgumentError(
+            f"the prompt has {num_prompt_tokens} tokens, but {name} is {limit} for prompt and output together; "
+            f"shorten the prompt to at most {limit - 1} tokens" + (f" or raise {name}" if can_grow else ""),
+            field="prompt" if request.messages is None else "messages",
+        )
+
+
+def generation_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """What a model's `generation_config.json` recommends, as sampling parameters.
+
+    As Hugging Face reads it: temperature, top_p, top_k and min_p count only with `do_sample`, `repetition_penalty`
+    always. Hugging Face's own `top_k` of 50 where the file names none is not taken over, nor are its lengths.
+    """
+    names = ["repetition_penalty"]
+    if generation_config.get("do_sample"):
+        names += ["temperature", "top_p", "top_k", "min_p"]
+    fields = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    if generation_config.get("do_sample"):
+        fields.setdefault("temperature", _NEUTRAL_TEMPERATURE)
+    try:
+        return SamplingParams(**fields)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(
+            f"the model's generation_config.json: {error.message}", field=error.context.get("field")
+        ) from error
+
+
+def _template_message(message: ChatMessage) -> dict[str, Any]:
+    """A message for the chat template; a tool call's arguments as an object, which is what templates expect."""
+    values = message.to_template()
+    for call in values.get("tool_calls", ()):
+        try:
+            arguments = json.loads(call["function"]["arguments"])
+        except json.JSONDecodeError:
+            continue  # not JSON: the model gets to see what it wrote
+        if isinstance(arguments, dict):
+            call["function"]["arguments"] = arguments
+    return values

@@ -1,0 +1,337 @@
+"""`LLMEngine`: one model on one device, text in and text out, asyncio in front of the step loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from types import TracebackType
+from typing import Any
+
+from sagellm_core.config import LLMEngineConfig
+from sagellm_core.decoding import get_strategy
+from sagellm_core.engine_core.client import EngineCoreClient
+from sagellm_core.engine_core.engine_core import EngineCore, EngineStats, as_protocol_error
+from sagellm_core.engine_core.types import EngineCoreRequest
+from sagellm_core.factory import build_executor
+from sagellm_core.input_processor import InputProcessor
+from sagellm_core.models import ModelConfig, read_model_config, resolve_model
+from sagellm_core.output_processor import OutputProcessor, combine_outputs
+from sagellm_core.tokenizer import Tokenizer, load_tokenizer
+from sagellm_protocol import (
+    InvalidArgumentError,
+    NotFoundError,
+    Request,
+    Response,
+    SageLLMError,
+    SamplingParams,
+    StreamEvent,
+    StreamEventDelta,
+    StreamEventEnd,
+    UnavailableError,
+    new_request_id,
+)
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Messages = Sequence[dict[str, Any]]
+
+
+class LLMEngine:
+    """Loads a model and answers requests; many at a time, each with the tokens it would get alone.
+
+    >>> async with LLMEngine(LLMEngineConfig(model_path="builtin")) as engine:
+    ...     response = await engine.generate("What is LLM inference?", max_tokens=64)
+
+    Bad arguments raise `InvalidArgumentError` before anything runs. A request that fails later ends with the
+    finish reason `error` and the error in its response; other requests are not disturbed.
+    """
+
+    def __init__(self, config: LLMEngineConfig) -> None:
+        self.config = config
+        self._given = config  # as the user wrote it; `config` is fitted to the model
+        self.engine_id = config.engine_id or f"engine-{new_request_id().removeprefix('req-')[:8]}"
+        self._life = asyncio.Lock()  # one start or stop at a time: a second start finds the engine running
+        self._client: EngineCoreClient | None = None
+        self._input: InputProcessor | None = None
+        self._model_config: ModelConfig | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._description: dict[str, object] = {}
+        self._aborts: dict[str, Callable[[], None]] = {}
+
+    # ---- life -----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Find, read and load the model. Raises the protocol's errors; a failed start leaves nothing behind."""
+        async with self._life:
+            if self._client is None:
+                await self._start()
+
+    async def _start(self) -> None:
+        path = await asyncio.to_thread(resolve_model, self._given.model_path, revision=self._given.revision)
+        model_config = read_model_config(path)
+        config = _fit_to_model(self._given, model_config)
+        client = EngineCoreClient(lambda: EngineCore(config, build_executor(config, model_config)), self.engine_id)
+        try:
+            tokenizer, _ = await asyncio.gather(asyncio.to_thread(load_tokenizer, path), client.start())
+            self._input = InputProcessor(
+                tokenizer,
+                model_config,
+                defaults=config.sampling_defaults,
+                default_max_tokens=config.max_new_tokens,
+                max_model_len=config.max_model_len,
+            )
+            self._description = await client.describe()
+        except BaseException:  # a cancelled start, too: the loop's thread must not outlive it
+            await client.stop()
+            raise
+        self.config, self._model_config, self._tokenizer = config, model_config, tokenizer
+        self._client = client
+
+    async def stop(self) -> None:
+        """End all requests with the finish reason `abort` and free the model."""
+        async with self._life:
+            client, self._client = self._client, None
+            if client is not None:
+                await client.stop()
+
+    async def __aenter__(self) -> LLMEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # ---- requests -------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        sampling_params: SamplingParams | None = None,
+        max_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> Response:
+        """Answer a text, token ids or chat messages; the whole answer at once."""
+        request = _to_request(
+            prompt, messages, sampling_params, max_tokens=max_tokens, request_id=request_id, priority=priority
+        )
+        return await self.execute(request)
+
+    async def execute(self, request: Request) -> Response:
+        """Answer a protocol request; with `n` > 1 its choices run at the same time."""
+        children = self._prepare(request)
+        processors = self._output_processors(request, children)
+        async with aclosing(self._events(processors, children)) as events:
+            async for _ in events:
+                pass
+        return combine_outputs([processor.response() for processor in processors])
+
+    async def stream(
+        self,
+        prompt_or_request: Prompt | Request | None = None,
+        *,
+        messages: Messages | None = None,
+        max_tokens: int | None = None,
+        request_id: str | None = None,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """The answer as it is made: one start, deltas, exactly one end. Leaving the loop frees the request."""
+        if isinstance(prompt_or_request, Request):
+            request = prompt_or_request
+        else:
+            request = _to_request(
+                prompt_or_request,
+                messages,
+                sampling_params,
+                max_tokens=max_tokens,
+                request_id=request_id,
+                priority=priority,
+                stream=True,
+            )
+        children = self._prepare(request)
+        async with aclosing(self._events(self._output_processors(request, children), children)) as events:
+            async for event in events:
+                yield event
+
+    def abort(self, request_id: str) -> None:
+        """End a request; whoever reads it gets the finish reason `abort`. Call it from that reader's event loop."""
+        abort = self._aborts.get(request_id)
+        if abort is None:
+            raise NotFoundError(f"no request {request_id!r} is running", request_id=request_id)
+        abort()
+
+    # ---- information ----------------------------------------------------------------------------------
+
+    async def health_check(self) -> bool:
+        """Whether the step loop runs and answers."""
+        if self._client is None:
+            return False
+        try:
+            await self._client.stats()
+        except UnavailableError:
+            return False
+        return True
+
+    async def stats(self) -> EngineStats:
+        """Running and waiting requests, KV usage and counters at this moment."""
+        return await self._running_client().stats()
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False while requests hold blocks."""
+        return await self._running_client().reset_prefix_cache()
+
+    def get_info(self) -> dict[str, Any]:
+        """Model, device, dtypes, kernels and limits, as plain JSON values."""
+        info: dict[str, Any] = {
+            "engine_id": self.engine_id,
+            "model": self.config.model_path,
+            "running": self._client is not None,
+            "max_model_len": self.config.max_model_len,
+            "max_batch_size": self.config.max_batch_size,
+        }
+        if self._model_config is not None:
+            info["architecture"] = self._model_config.architecture
+        return {**info, **self._description}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; there once the engine has started."""
+        if self._tokenizer is None:
+            raise UnavailableError("the engine is not running; call start() first")
+        return self._tokenizer
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's configuration; there once the engine has started."""
+        if self._model_config is None:
+            raise UnavailableError("the engine is not running; call start() first")
+        return self._model_config
+
+    # ---- steps of a request ---------------------------------------------------------------------------
+
+    def _prepare(self, request: Request) -> list[EngineCoreRequest]:
+        self._running_client().check_alive()
+        if self._input is None:
+            raise UnavailableError("the engine is not running; call start() first")
+        return self._input.process(request, arrival_time=time.monotonic())
+
+    def _output_processors(self, request: Request, children: Sequence[EngineCoreRequest]) -> list[OutputProcessor]:
+        return [
+            OutputProcessor(request, child, self.tokenizer, engine_id=self.engine_id, peak_mem_mb=peak_memory_mb)
+            for child in children
+        ]
+
+    async def _events(
+        self, processors: Sequence[OutputProcessor], children: Sequence[EngineCoreRequest]
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """Run all sequences of a request at once: one start, their deltas as they come, one end for all."""
+        request_id = processors[0].start().request_id
+        events: asyncio.Queue[StreamEventDelta | StreamEventEnd] = asyncio.Queue()
+
+        def abort() -> None:
+            for processor in processors:
+                for event in processor.abort():
+                    events.put_nowait(event)
+
+        if request_id in self._aborts:
+            raise InvalidArgumentError(f"request_id {request_id!r} is already running; use a fresh id")
+        self._aborts[request_id] = abort
+        try:
+            async with _background(self._pump(*pair, events) for pair in zip(processors, children, strict=True)):
+                yield processors[0].start()
+                while not events.empty() or not all(processor.finished for processor in processors):
+                    event = await events.get()
+                    if isinstance(event, StreamEventDelta):
+                        yield event
+        finally:
+            del self._aborts[request_id]
+        yield StreamEventEnd.of(combine_outputs([processor.response() for processor in processors]))
+
+    async def _pump(
+        self,
+        processor: OutputProcessor,
+        child: EngineCoreRequest,
+        events: asyncio.Queue[StreamEventDelta | StreamEventEnd],
+    ) -> None:
+        """Drive one sequence through its decoding strategy; cancelling this aborts it in the core."""
+        strategy = get_strategy(child.sampling.strategy)
+        try:
+            async with aclosing(strategy(self._running_client(), child)) as outputs:
+                async for output in outputs:
+                    for event in processor.add(output):
+                        events.put_nowait(event)
+                    if processor.finished:
+                        return
+        except Exception as error:
+            if not isinstance(error, SageLLMError):
+                logger.exception("request %s failed", child.request_id)
+            for event in processor.fail(as_protocol_error(error)):
+                events.put_nowait(event)
+
+    def _running_client(self) -> EngineCoreClient:
+        if self._client is None:
+            raise UnavailableError("the engine is not running; call start() first")
+        return self._client
+
+
+@asynccontextmanager
+async def _background(coroutines: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Run coroutines beside the body; whatever still runs when it is left is cancelled and awaited."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def peak_memory_mb() -> float:
+    """The process's peak resident memory in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _to_request(
+    prompt: Prompt | None,
+    messages: Messages | None,
+    sampling_params: SamplingParams | None,
+    *,
+    max_tokens: int | None,
+    request_id: str | None,
+    priority: int,
+    stream: bool = False,
+) -> Request:
+    fields: dict[str, Any] = {"prompt": prompt if prompt is None or isinstance(prompt, str) else list(prompt)}
+    optional = {
+        "messages": None if messages is None else list(messages),
+        "sampling_params": sampling_params,
+        "max_tokens": max_tokens,
+        "request_id": request_id,
+        "priority": priority,
+    }
+    fields |= {name: value for name, value in optional.items() if value is not None}
+    return Request(stream=stream, **fields)
+
+
+def _fit_to_model(config: LLMEngineConfig, model: ModelConfig) -> LLMEngineConfig:
+    """The configuration with `max_model_len` within what the model was made for."""
+    if config.max_model_len <= model.max_model_len:
+        return config
+    if "max_model_len" in config.model_fields_set:
+        raise InvalidArgumentError(
+            f"max_model_len is {config.max_model_len}, the model takes {model.max_model_len}; lower it",
+            field="max_model_len",
+        )
+    return config.model_copy(update={"max_model_len": model.max_model_len})

@@ -1,0 +1,183 @@
+"""Reading tensors of a checkpoint folder by name: one `model.safetensors`, or shards with an index.
+
+Opening a folder reads the headers only and checks that the files are complete; every defect becomes one error that
+names the file and the remedy. Tensors are read with plain reads rather than mapped: pages of a map count as memory of
+this process, twice the model while it loads, and weights that stay in one change or vanish with the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sagellm_protocol.errors import InvalidArgumentError, NotFoundError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["SafetensorsCheckpoint", "TensorInfo", "TensorSource", "read_bytes", "read_json", "safetensors_files"]
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a tensor is and where it lies.
+
+    `dtype` is in the notation of safetensors (`F32`, `BF16`, ...), `offset` in bytes from the start of the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class TensorSource(Protocol):
+    """A set of named tensors that are read one at a time."""
+
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name."""
+
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """The tensor `name`, on the CPU, in the dtype it is stored in (quantized ones dequantized).
+
+        `into` offers contiguous memory of the tensor's shape; it is filled and returned if it has that dtype.
+        """
+
+
+class SafetensorsCheckpoint:
+    """A model folder's safetensors files as one `TensorSource`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in safetensors_files(path):
+            self.tensors.update(_read_header(file))
+
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """See `TensorSource.read`."""
+        import torch
+
+        info = self.tensors[name]
+        if info.dtype not in _ITEM_BYTES:
+            raise UnsupportedError(
+                f"{info.file}: {name} is stored as {info.dtype}, which is not supported; "
+                "use a checkpoint in float32, float16 or bfloat16",
+                field="dtype",
+            )
+        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        dtype = dtypes[info.dtype]
+        target = into if into is not None and into.dtype == dtype else torch.empty(info.shape, dtype=dtype)
+        read_bytes(info.file, info.offset, target)
+        return target
+
+
+def read_bytes(file: Path, offset: int, target: Tensor) -> None:
+    """Fill the contiguous CPU tensor `target` with the bytes of a file from `offset` on."""
+    import torch
+
+    data = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
+    done = 0
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        while done < len(data):
+            count = stream.readinto(data[done:])
+            if not count:
+                raise _corrupt(file, f"it ends {len(data) - done:,} bytes too early")
+            done += count
+
+
+def safetensors_files(path: Path) -> list[Path]:
+    """The safetensors files that make up the model in the folder `path`; raises where there are none to trust."""
+    if not path.is_dir():
+        raise NotFoundError(f"{path}: no such model folder; give a folder, a .gguf file or a hub id", field="model")
+    if (path / _SINGLE).is_file():
+        return [path / _SINGLE]
+    if (path / _INDEX).is_file():
+        return _indexed_files(path)
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise NotFoundError(f"{path}: {len(found)} safetensors files but no {_INDEX}; download the index too")
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise InvalidArgumentError(
+            f"{path}: {pickles[0]} is a pickle, which can run code when loaded, and is refused; convert the model with "
+            "transformers (save_pretrained writes safetensors) or download its safetensors version",
+            field="model",
+        )
+    raise NotFoundError(f"{path}: no {_SINGLE} in this folder; download the model's weights", field="model")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `InvalidArgumentError` where it is none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidArgumentError(f"{file}: cannot be read as JSON ({error}); download the file again") from error
+    if not isinstance(values, dict):
+        raise InvalidArgumentError(f"{file}: must hold a JSON object; download the file again")
+    return values
+
+
+def _indexed_files(path: Path) -> list[Path]:
+    weight_map = read_json(path / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidArgumentError(f"{path / _INDEX}: has no weight_map; download the file again")
+    files = [path / str(name) for name in sorted(set(weight_map.values()))]
+    missing = [file.name for file in files if file.parent != path or not file.is_file()]
+    if missing:
+        raise NotFoundError(
+            f"{path}: {len(missing)} of {len(files)} weight files are missing, first {missing[0]}; download them again"
+        )
+    return files
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of a safetensors file; checks that the file is as long as they need."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        size = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or size > _MAX_HEADER_BYTES:
+            raise _corrupt(file, "it has no safetensors header")
+        header = stream.read(size)
+    if len(header) < size:
+        raise _corrupt(file, "it ends within its header")
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        start = len(prefix) + size
+        spans = {name: tuple(int(offset) for offset in entry["data_offsets"]) for name, entry in entries.items()}
+        infos = {
+            name: TensorInfo(file, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), start + spans[name][0])
+            for name, entry in entries.items()
+        }
+        lengths = {name: end - begin for name, (begin, end) in spans.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _corrupt(file, "its header cannot be read") from error
+    for name, info in infos.items():
+        item_bytes = _ITEM_BYTES.get(info.dtype)
+        if item_bytes is not None and lengths[name] != math.prod(info.shape) * item_bytes:
+            raise _corrupt(file, f"size and shape of {name} disagree")
+    expected = max((info.offset + lengths[name] for name, info in infos.items()), default=start)
+    actual = file.stat().st_size
+    if actual < expected:
+        raise _corrupt(file, f"it is truncated: {actual:,} bytes of {expected:,}")
+    return infos
+
+
+def _corrupt(file: Path, problem: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{file}: {problem}; download the file again", field="model")

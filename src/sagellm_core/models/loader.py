@@ -1,0 +1,185 @@
+"""From a folder or file to a model in memory: checks the checkpoint as a whole, then streams it tensor by tensor.
+
+Each parameter is read, cast and joined with its neighbours (q, k, v; gate, up), handed to the backend's packing and
+forgotten, so that the peak is the model itself plus one parameter. Nothing is read before names and shapes of all
+tensors are known to be right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
+
+from .checkpoint import SafetensorsCheckpoint, TensorInfo, TensorSource
+from .config import ModelConfig, read_model_config
+from .decoder import CausalLM
+from .registry import get_family
+from .weights import Parameter, Part, WeightNames, parameter_plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sagellm_backend import BackendProvider
+
+__all__ = ["ParameterReader", "load_model"]
+
+
+def load_model(
+    path: str | Path,
+    *,
+    provider: BackendProvider,
+    dtype: torch.dtype | None = None,
+    max_model_len: int | None = None,
+) -> CausalLM:
+    """Load the model at `path` (a folder with config.json and safetensors, or a `.gguf` file) onto a provider's device.
+
+    `dtype` is that of the weights (None: the checkpoint's); activations take the provider's compute dtype.
+    `max_model_len` bounds the positions that tables are made for (None: all that the model can reach).
+
+    Raises `NotFoundError` for missing files, `InvalidArgumentError` for corrupt or mismatched ones, `UnsupportedError`
+    for what this library cannot run.
+    """
+    config = read_model_config(path)
+    limit = config.spec.max_position_embeddings
+    if max_model_len is not None and max_model_len > limit:
+        raise InvalidArgumentError(
+            f"max_model_len {max_model_len} exceeds the {limit} positions of {config.path}; lower it",
+            field="max_model_len",
+        )
+    source, names = _open(config)
+    reader = ParameterReader(
+        parameter_plan(config.spec, names),
+        source,
+        names,
+        weight_dtype=dtype or config.torch_dtype,
+        compute_dtype=provider.compute_dtype(dtype or config.torch_dtype),
+        device=provider.device,
+    )
+    return CausalLM(config.spec, reader, provider.ops, max_model_len=max_model_len or limit)
+
+
+def _open(config: ModelConfig) -> tuple[TensorSource, WeightNames]:
+    if config.path.is_file():
+        from .gguf import GGUFCheckpoint, gguf_weight_names
+
+        checkpoint = GGUFCheckpoint(config.path)
+        return checkpoint, gguf_weight_names(checkpoint, config.spec)
+    return SafetensorsCheckpoint(config.path), get_family(config.architecture).weight_names(config.spec)
+
+
+class ParameterReader:
+    """Hands out the decoder's parameters by key, each read when it is asked for.
+
+    Linear weights come in `weight_dtype`, biases in `compute_dtype`, norm weights in float32.
+    """
+
+    def __init__(
+        self,
+        plan: Mapping[str, Parameter],
+        source: TensorSource,
+        names: WeightNames,
+        *,
+        weight_dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.weight_dtype = weight_dtype
+        self.compute_dtype = compute_dtype
+        self.device = device
+        self._plan = plan
+        self._source = source
+        self._norm_offset = names.norm_offset
+        self._stored_names = _canonical_names(source, names)
+        if "lm_head.weight" not in plan:
+            self._stored_names.pop(f"{names.lm_head}.weight", None)  # a stored copy of the tied embedding
+        self._check()
+
+    def weight(self, key: str) -> Tensor:
+        """A matrix in the weight dtype."""
+        return self._read(key, self.weight_dtype)
+
+    def bias(self, key: str) -> Tensor | None:
+        """A vector in the compute dtype, or None where the model has none."""
+        return self._read(key, self.compute_dtype) if key in self._plan else None
+
+    def norm(self, key: str) -> Tensor:
+        """A norm's vector in float32, the family's offset added to weights."""
+        vector = self._read(key, torch.float32)
+        return vector + self._norm_offset if self._norm_offset and key.endswith(".weight") else vector
+
+    def _read(self, key: str, dtype: torch.dtype) -> Tensor:
+        """The parts of a parameter, joined; read straight to their places where they need no change."""
+        parts = self._plan[key].parts
+        num_rows = [part.shape[0] for part in parts]
+        joined = torch.empty(sum(num_rows), *parts[0].shape[1:], dtype=dtype, device=self.device)
+        for rows, part in zip(joined.split_with_sizes(num_rows), parts, strict=True):
+            self._read_part(part, rows)
+        return joined
+
+    def _read_part(self, part: Part, target: Tensor) -> None:
+        into = target if part.is_plain and target.device.type == "cpu" else None
+        tensor = self._source.read(self._stored_names[part.name], into)
+        if tensor is not into:
+            tensor = tensor.t() if part.transposed else tensor
+            target.copy_(tensor if part.convert is None else part.convert(tensor))
+
+    def _check(self) -> None:
+        """Compare names and shapes of the checkpoint with the plan; raises on the first kind of difference."""
+        wanted = {part.name: part for parameter in self._plan.values() for part in parameter.parts}
+        missing = [name for name in wanted if name not in self._stored_names]
+        if missing:
+            raise InvalidArgumentError(
+                f"{self._source.path}: {_some(missing)} missing; config.json and weights do not belong together, "
+                "or a file was left out",
+                field="model",
+            )
+        unexpected = [name for name in self._stored_names if name not in wanted]
+        if unexpected:
+            raise InvalidArgumentError(
+                f"{self._source.path}: {_some(unexpected)} not part of the model that config.json describes; "
+                "download the model again, or use a checkpoint of the plain architecture",
+                field="model",
+            )
+        for name, part in wanted.items():
+            info = self._source.tensors[self._stored_names[name]]
+            _check_shape(name, info, part)
+
+
+def _canonical_names(source: TensorSource, names: WeightNames) -> dict[str, str]:
+    """Name as the family knows it -> name in the file, without what is to be ignored."""
+    found: dict[str, str] = {}
+    for stored in source.tensors:
+        name = stored
+        for pattern, replacement in names.renames:
+            name = re.sub(pattern, replacement, name)
+        if not any(re.search(pattern, name) for pattern in names.ignored):
+            found[name] = stored
+    return found
+
+
+def _check_shape(name: str, info: TensorInfo, part: Part) -> None:
+    if info.shape != part.stored_shape:
+        raise InvalidArgumentError(
+            f"{info.file}: {name} has shape {list(info.shape)}, config.json asks for {list(part.stored_shape)}; "
+            "config.json and weights do not belong together",
+            field="model",
+        )
+    if info.dtype.startswith(("I", "U", "F8", "BOOL")):
+        raise UnsupportedError(
+            f"{info.file}: {name} is stored as {info.dtype}; quantized safetensors are not supported, "
+            "use a checkpoint in float32, float16 or bfloat16",
+            field="model",
+        )
+
+
+def _some(names: list[str]) -> str:
+    """A few names, and how many there are."""
+    shown = ", ".join(sorted(names)[:3])
+    verb = "is" if len(names) == 1 else "are"
+    return f"{shown} {verb}" if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors {verb}"

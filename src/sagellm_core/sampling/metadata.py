@@ -1,0 +1,192 @@
+"""What the sampler must know about the rows of one step: `SamplingRow` for one, `SamplingMetadata` for all.
+
+A row is small and picklable: token ids travel only with requests whose penalties read them. The metadata holds arrays,
+built once a step; edits to logits are lists of (row, token, amount), never dense [rows, vocabulary] tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sagellm_core.engine_core.types import EngineCoreRequest
+from sagellm_protocol.sampling import DecodingStrategy, SamplingParams
+
+# Below this a division would leave float32; the limit of temperature -> 0 is the most probable token anyway.
+MIN_TEMPERATURE = 1e-5
+NO_LOGPROBS = -1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """One row of logits: whose it is and how its token is chosen.
+
+    `position` is the index in prompt + output of the token to draw. `banned_token_ids` get no probability (stop tokens
+    while `min_tokens` is not reached); with `allowed_token_ids` all others get none. `processed_logprobs` reports the
+    distribution after bias, masks and penalties instead of the model's own.
+    """
+
+    sampling: SamplingParams
+    seed: int
+    position: int
+    prompt_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
+    banned_token_ids: Sequence[int] = ()
+    allowed_token_ids: Sequence[int] | None = None
+    processed_logprobs: bool = False
+
+    @classmethod
+    def from_request(cls, request: EngineCoreRequest, token_ids: Sequence[int]) -> SamplingRow:
+        """The row that draws the token after `token_ids`, which is the request's prompt and output so far."""
+        sampling = request.sampling
+        num_prompt_tokens = len(request.prompt_token_ids) - request.sampled_prefix_len
+        prompt: Sequence[int] = ()
+        output: Sequence[int] = ()
+        banned: Sequence[int] = ()
+        if _reads_token_ids(sampling):
+            prompt, output = tuple(token_ids[:num_prompt_tokens]), tuple(token_ids[num_prompt_tokens:])
+        if len(token_ids) - num_prompt_tokens < sampling.min_tokens:
+            banned = tuple(sorted(stop_ids(request)))
+        return cls(
+            sampling=sampling,
+            seed=request.seed,
+            position=len(token_ids),
+            prompt_token_ids=prompt,
+            output_token_ids=output,
+            banned_token_ids=banned,
+            processed_logprobs=request.processed_logprobs,
+        )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken; the temperature matters to strategy SAMPLING alone."""
+        sampling = self.sampling
+        return sampling.strategy is not DecodingStrategy.SAMPLING or sampling.temperature < MIN_TEMPERATURE
+
+
+def stop_ids(request: EngineCoreRequest) -> frozenset[int]:
+    """The token ids that end the request: the model's own (unless `ignore_eos`) and the caller's."""
+    eos = frozenset() if request.sampling.ignore_eos else request.eos_token_ids
+    return eos.union(request.sampling.stop_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitEdits:
+    """Amounts for single logits: entry i belongs to logit [rows[i], token_ids[i]]."""
+
+    rows: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    amounts: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingMetadata:
+    """The rows of one step as arrays; R rows, in the order of the logits."""
+
+    is_greedy: NDArray[np.bool_]  # [R]; the next four fields mean nothing where it is set
+    temperature: NDArray[np.float32]  # [R]
+    top_k: NDArray[np.int64]  # [R], 0 = off
+    top_p: NDArray[np.float64]  # [R], 1 = off
+    min_p: NDArray[np.float64]  # [R], 0 = off
+    seeds: NDArray[np.uint64]  # [R]
+    positions: NDArray[np.int64]  # [R]
+    num_logprobs: NDArray[np.int64]  # [R], NO_LOGPROBS = not wanted
+    processed_logprobs: NDArray[np.bool_]  # [R]
+    bias: LogitEdits  # added
+    banned: LogitEdits  # set to -inf
+    allowed: dict[int, NDArray[np.int64]]  # row -> the only token ids with a probability
+    repetition: LogitEdits  # penalty of each prompt and output token; duplicates are equal
+    additive: LogitEdits  # presence and frequency penalty of each distinct output token, subtracted
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether any row's logits differ from the model's."""
+        edits = (self.bias, self.banned, self.repetition, self.additive)
+        return bool(self.allowed) or any(len(edit) for edit in edits)
+
+    @classmethod
+    def from_requests(cls, rows: Sequence[SamplingRow]) -> SamplingMetadata:
+        """Gather the rows' parameters; no row's arrays depend on another row."""
+        params = [row.sampling for row in rows]
+        return cls(
+            is_greedy=np.array([row.is_greedy for row in rows], dtype=np.bool_),
+            temperature=np.array([p.temperature for p in params], dtype=np.float32),
+            top_k=np.array([p.top_k for p in params], dtype=np.int64),
+            top_p=np.array([p.top_p for p in params], dtype=np.float64),
+            min_p=np.array([p.min_p for p in params], dtype=np.float64),
+            seeds=np.array([row.seed & (2**64 - 1) for row in rows], dtype=np.uint64),
+            positions=np.array([row.position for row in rows], dtype=np.int64),
+            num_logprobs=np.array([NO_LOGPROBS if p.logprobs is None else p.logprobs for p in params], dtype=np.int64),
+            processed_logprobs=np.array([row.processed_logprobs for row in rows], dtype=np.bool_),
+            bias=_bias(rows),
+            banned=_edits((i, row.banned_token_ids, 0.0) for i, row in enumerate(rows)),
+            allowed={
+                i: np.asarray(row.allowed_token_ids, dtype=np.int64)
+                for i, row in enumerate(rows)
+                if row.allowed_token_ids is not None
+            },
+            repetition=_repetition(rows),
+            additive=_additive(rows),
+        )
+
+
+def _reads_token_ids(sampling: SamplingParams) -> bool:
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+
+
+def _edits(parts: Iterable[tuple[int, Sequence[int], float]]) -> LogitEdits:
+    """One amount for many tokens of a row, for several rows."""
+    filled = [(row, np.asarray(ids, dtype=np.int64), amount) for row, ids, amount in parts if len(ids)]
+    if not filled:
+        return _NO_EDITS
+    counts = [len(ids) for _, ids, _ in filled]
+    return LogitEdits(
+        np.repeat(np.array([row for row, _, _ in filled], dtype=np.int64), counts),
+        np.concatenate([ids for _, ids, _ in filled]),
+        np.repeat(np.array([amount for _, _, amount in filled], dtype=np.float32), counts),
+    )
+
+
+def _bias(rows: Sequence[SamplingRow]) -> LogitEdits:
+    entries = [(i, *entry) for i, row in enumerate(rows) for entry in (row.sampling.logit_bias or {}).items()]
+    if not entries:
+        return _NO_EDITS
+    return LogitEdits(
+        np.array([row for row, _, _ in entries], dtype=np.int64),
+        np.array([token_id for _, token_id, _ in entries], dtype=np.int64),
+        np.array([amount for _, _, amount in entries], dtype=np.float32),
+    )
+
+
+def _repetition(rows: Sequence[SamplingRow]) -> LogitEdits:
+    return _edits(
+        (i, ids, row.sampling.repetition_penalty)
+        for i, row in enumerate(rows)
+        if row.sampling.repetition_penalty != 1.0
+        for ids in (row.prompt_token_ids, row.output_token_ids)
+    )
+
+
+def _additive(rows: Sequence[SamplingRow]) -> LogitEdits:
+    parts: list[tuple[int, NDArray[np.int64], NDArray[np.float32]]] = []
+    for i, row in enumerate(rows):
+        presence, frequency = row.sampling.presence_penalty, row.sampling.frequency_penalty
+        if (presence or frequency) and len(row.output_token_ids):
+            ids, counts = np.unique(np.asarray(row.output_token_ids, dtype=np.int64), return_counts=True)
+            parts.append((i, ids, (presence + frequency * counts).astype(np.float32)))
+    if not parts:
+        return _NO_EDITS
+    return LogitEdits(
+        np.repeat(np.array([i for i, _, _ in parts], dtype=np.int64), [len(ids) for _, ids, _ in parts]),
+        np.concatenate([ids for _, ids, _ in parts]),
+        np.concatenate([amounts for _, _, amounts in parts]),
+    )
+
+
+_NO_EDITS = LogitEdits(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))

@@ -1,0 +1,136 @@
+"""A worker: one device with weights and KV cache on it. It keeps nothing else between steps."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from sagellm_backend import BackendProvider, KVLayout
+from sagellm_core.config import LLMEngineConfig
+from sagellm_core.engine_core.output import ModelRunnerOutput, SchedulerOutput
+from sagellm_core.executor.base import KVCacheCapacity
+from sagellm_core.models import ModelConfig, load_model
+from sagellm_core.models.config import to_torch_dtype
+from sagellm_core.models.decoder import CausalLM
+from sagellm_core.worker.model_runner import ModelRunner
+from sagellm_protocol import DType, ResourceExhaustedError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Loads a model on a provider's device, sizes the KV cache by the memory left, and runs steps."""
+
+    def __init__(self, config: LLMEngineConfig, model_config: ModelConfig, provider: BackendProvider) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.provider = provider
+        self._model: CausalLM | None = None
+        self._runner: ModelRunner | None = None
+        self._capacity: KVCacheCapacity | None = None
+
+    def load_model(self) -> None:
+        """Read the weights; refuses before reading where they cannot fit."""
+        if self.config.num_threads is not None and self.provider.device.type == "cpu":
+            torch.set_num_threads(self.config.num_threads)
+        dtype = None if self.config.dtype == "auto" else to_torch_dtype(DType.parse(self.config.dtype))
+        self._check_weights_fit(dtype)
+        self._model = load_model(
+            self.model_config.path, provider=self.provider, dtype=dtype, max_model_len=self.config.max_model_len
+        )
+
+    def allocate_kv_cache(self) -> KVCacheCapacity:
+        """Allocate as many blocks as configuration and memory allow; at least one request must fit."""
+        model = self._loaded_model()
+        spec = model.spec
+        kv_dtype = model.weight_dtype
+        if self.config.kv_cache_dtype != "auto":
+            kv_dtype = to_torch_dtype(DType.parse(self.config.kv_cache_dtype))
+        layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.config.block_size, kv_dtype)
+        num_blocks = self._num_blocks(layout)
+        kv_caches = self.provider.allocate_kv_cache(layout, num_blocks)
+        self._runner = ModelRunner(model, self.provider, kv_caches)
+        self._capacity = KVCacheCapacity(num_blocks, layout.block_size, layout.bytes_per_block // layout.block_size)
+        logger.info("KV cache: %d blocks of %d tokens, %s", num_blocks, layout.block_size, kv_dtype)
+        return self._capacity
+
+    def execute_model(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        """Compute one step on this worker's device."""
+        if self._runner is None:
+            raise UnavailableError("the worker has no model yet; start the engine first")
+        return self._runner.execute_model(output)
+
+    def describe(self) -> dict[str, object]:
+        """What runs where, as plain JSON values."""
+        model, capacity = self._loaded_model(), self._capacity
+        return {
+            "backend": self.provider.kind,
+            "device": str(self.provider.device),
+            "weight_dtype": str(model.weight_dtype).removeprefix("torch."),
+            "weight_bytes": model.weight_bytes,
+            "kv_blocks": capacity.num_blocks if capacity else 0,
+            "kv_block_size": capacity.block_size if capacity else 0,
+            "kv_bytes_per_token": capacity.bytes_per_token if capacity else 0,
+            "kernels": self.provider.ops.explain(),
+        }
+
+    def shutdown(self) -> None:
+        """Drop weights and caches."""
+        self._runner = None
+        self._model = None
+
+    def _loaded_model(self) -> CausalLM:
+        if self._model is None:
+            raise UnavailableError("the worker has no model yet; start the engine first")
+        return self._model
+
+    def _check_weights_fit(self, dtype: torch.dtype | None) -> None:
+        itemsize = (dtype or self.model_config.torch_dtype).itemsize
+        needed = self.model_config.spec.num_parameters * itemsize
+        available = self.provider.memory_info().available_bytes
+        if needed > available:
+            raise ResourceExhaustedError(
+                f"the weights need {_gib(needed)}, {self.provider.device} has {_gib(available)} free; "
+                "use a smaller or quantized model, or a smaller dtype",
+                needed_bytes=needed,
+                available_bytes=available,
+            )
+
+    def _num_blocks(self, layout: KVLayout) -> int:
+        config = self.config
+        per_request = -(-config.max_model_len // layout.block_size)
+        if config.num_kv_blocks is not None:
+            num_blocks = config.num_kv_blocks
+        else:
+            budget = config.kv_cache_memory_bytes
+            if budget is None:
+                available = self.provider.memory_info().available_bytes
+                budget = int(available * config.kv_cache_memory_fraction)
+            # More than every place in the batch can use would only serve the prefix cache: twice is plenty.
+            num_blocks = min(budget // layout.bytes_per_block, 2 * per_request * config.max_batch_size)
+        if num_blocks < per_request:
+            raise ResourceExhaustedError(
+                f"the KV cache holds {num_blocks * layout.block_size} tokens, one request may take "
+                f"{config.max_model_len}; lower max_model_len or give the cache more memory "
+                "(kv_cache_memory_bytes, num_kv_blocks)",
+                num_blocks=num_blocks,
+                needed_blocks=per_request,
+            )
+        self._check_kv_cache_fits(num_blocks, layout)
+        return num_blocks
+
+    def _check_kv_cache_fits(self, num_blocks: int, layout: KVLayout) -> None:
+        """Refuse what was asked for by number before the device, or the system's out-of-memory killer, does."""
+        needed, available = num_blocks * layout.bytes_per_block, self.provider.memory_info().available_bytes
+        if needed > available:
+            raise ResourceExhaustedError(
+                f"the KV cache needs {_gib(needed)} for {num_blocks} blocks, {self.provider.device} has "
+                f"{_gib(available)} free; lower num_kv_blocks or kv_cache_memory_bytes",
+                needed_bytes=needed,
+                available_bytes=available,
+            )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

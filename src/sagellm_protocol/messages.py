@@ -1,0 +1,110 @@
+"""Chat messages and tools, in the shape of the OpenAI API; used by Request and by the OpenAI types alike."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from sagellm_protocol.errors import InvalidArgumentError
+from sagellm_protocol.model import EdgeModel, Remedy
+
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+ToolName = Annotated[
+    str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$"), Remedy("use 1 to 64 letters, digits, underscores, dots or dashes")
+]
+
+
+class TextPart(EdgeModel):
+    """One text piece of a message's content; other kinds of content (images, audio) aren't understood."""
+
+    type: Annotated[Literal["text"], Remedy("only text content is supported")] = "text"
+    text: str
+
+
+class FunctionCall(EdgeModel):
+    """The function that a tool call names, with its arguments as a JSON text (as the model wrote them)."""
+
+    name: ToolName
+    arguments: str = "{}"
+
+
+class ToolCall(EdgeModel):
+    """A call of a tool that the assistant asks for."""
+
+    id: str = Field(min_length=1, max_length=256)
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(EdgeModel):
+    """One message of a conversation, as a client sends it and as an assistant's answer is kept.
+
+    ``refusal``, ``annotations``, ``audio`` and ``function_call`` are accepted because clients send an answer back as
+    they got it; they don't reach the model.
+    """
+
+    role: Role
+    content: str | list[TextPart] | None = None
+    name: str | None = Field(default=None, max_length=256)
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = Field(default=None, max_length=256)
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    annotations: list[JsonValue] | None = None
+    audio: JsonValue = None
+    function_call: JsonValue = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls and self.role != "assistant":
+            raise InvalidArgumentError(
+                f"content is required in a message of role {self.role!r}; give a text", field="content"
+            )
+        if self.tool_calls and self.role != "assistant":
+            raise InvalidArgumentError(
+                f"tool_calls belong to role 'assistant', got role {self.role!r}; remove them", field="tool_calls"
+            )
+        if self.role == "tool" and self.tool_call_id is None:
+            raise InvalidArgumentError(
+                "tool_call_id is required in a message of role 'tool'; give the id of the call it answers",
+                field="tool_call_id",
+            )
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content as one text: parts joined, nothing if there is none."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    def to_template(self) -> dict[str, Any]:
+        """Return what chat templates expect: ``role``, ``content`` as text, and what else the message has."""
+        message: dict[str, Any] = {"role": self.role, "content": self.text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            value = getattr(self, name)
+            if value is not None:
+                message[name] = value
+        return message
+
+
+class FunctionDefinition(EdgeModel):
+    """A function that the model may call; ``parameters`` is a JSON Schema."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = None
+
+
+class Tool(EdgeModel):
+    """A tool that the model may use."""
+
+    type: Literal["function"] = "function"
+    function: FunctionDefinition

@@ -1,0 +1,216 @@
+"""Types of ``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from sagellm_protocol.errors import InvalidArgumentError
+from sagellm_protocol.fields import MaxTokens, NumLogprobs
+from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool, ToolCall, ToolName
+from sagellm_protocol.model import EdgeModel
+from sagellm_protocol.openai.common import ApiModel, CompletionUsage, GenerationRequest
+from sagellm_protocol.request import Request
+from sagellm_protocol.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class ToolChoiceFunction(EdgeModel):
+    """The function that must be called."""
+
+    name: ToolName
+
+
+class NamedToolChoice(EdgeModel):
+    """A tool choice that names one function."""
+
+    type: Literal["function"] = "function"
+    function: ToolChoiceFunction
+
+
+class ResponseFormat(EdgeModel):
+    """The form the answer must have; ``json_schema`` carries the schema object for type "json_schema"."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: dict[str, JsonValue] | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidArgumentError(
+                "json_schema belongs to type 'json_schema'; give both or neither", field="json_schema"
+            )
+        return self
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """The body of a chat request.
+
+    ``max_completion_tokens`` is the newer name of ``max_tokens``; both with different values is an error.
+
+    Raises:
+        InvalidArgumentError: naming the field and the remedy.
+    """
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = Field(default=None, description="Report the chosen tokens' logprobs.")
+    top_logprobs: NumLogprobs | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = Field(default=None, max_length=32)
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        limits = (self.max_tokens, self.max_completion_tokens)
+        if None not in limits and limits[0] != limits[1]:
+            raise InvalidArgumentError(
+                f"max_tokens is {limits[0]} but max_completion_tokens is {limits[1]}; give only max_completion_tokens",
+                field="max_tokens",
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidArgumentError(
+                "top_logprobs needs logprobs; set logprobs to true or leave top_logprobs out", field="top_logprobs"
+            )
+        self._check_stream_options()
+        self._check_tool_choice()
+        self.to_sampling_params()
+        return self
+
+    def _check_tool_choice(self) -> None:
+        if self.tool_choice in (None, "none", "auto"):
+            return
+        names = [tool.function.name for tool in self.tools or []]
+        problem = None if names else "tool_choice needs tools; give tools or leave tool_choice out"
+        if names and isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            wanted = self.tool_choice.function.name
+            problem = f"tool_choice names {wanted!r}, which is not in tools; use one of {', '.join(names)}"
+        if problem is not None:
+            raise InvalidArgumentError(problem, field="tool_choice")
+
+    def to_sampling_params(self) -> SamplingParams:
+        """Return the decoding parameters that the body gives, and only those as given."""
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._given_sampling(logprobs=logprobs, max_tokens=max_tokens)
+
+    def to_request(self) -> Request:
+        """Return the protocol's request for this body, with a fresh id unless the body gives one."""
+        ids = {} if self.request_id is None else {"request_id": self.request_id}
+        return self._to_request(
+            messages=self.messages,
+            tools=None if self.tool_choice == "none" else self.tools,
+            chat_template_kwargs=self.chat_template_kwargs,
+            sampling_params=self.to_sampling_params(),
+            **ids,
+        )
+
+
+ChatFinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error", "abort"]
+
+
+class ChatTopLogprob(ApiModel):
+    """One candidate at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class ChatTokenLogprob(ChatTopLogprob):
+    """The chosen token of a position and its most probable candidates."""
+
+    top_logprobs: list[ChatTopLogprob] = Field(default_factory=list)
+
+
+class ChatLogprobs(ApiModel):
+    """Logprobs of an answer's tokens."""
+
+    content: list[ChatTokenLogprob] | None = None
+    refusal: list[ChatTokenLogprob] | None = None
+
+
+class ChatAnswer(ApiModel):
+    """The assistant's message."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    refusal: str | None = None
+
+
+class ChatChoice(ApiModel):
+    """One answer of several."""
+
+    index: int = Field(default=0, ge=0)
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+    finish_reason: ChatFinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(ApiModel):
+    """The answer to a chat request."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int = Field(ge=0, description="Seconds since 1970.")
+    model: str
+    choices: list[ChatChoice]
+    usage: CompletionUsage | None = None
+    system_fingerprint: str | None = None
+
+
+class FunctionCallDelta(ApiModel):
+    """A piece of a function call."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(ApiModel):
+    """A piece of a tool call; pieces of the same index belong together."""
+
+    index: int = Field(default=0, ge=0)
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta | None = None
+
+
+class ChatDelta(ApiModel):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    refusal: str | None = None
+
+
+class ChatChunkChoice(ApiModel):
+    """What a chunk adds to one answer."""
+
+    index: int = Field(default=0, ge=0)
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: ChatFinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletionChunk(ApiModel):
+    """One event of a streamed chat answer; the one with the usage has no choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int = Field(ge=0, description="Seconds since 1970.")
+    model: str
+    choices: list[ChatChunkChoice] = Field(default_factory=list)
+    usage: CompletionUsage | None = None
+    system_fingerprint: str | None = None

@@ -1,0 +1,208 @@
+"""What the endpoints of the OpenAI API share: sampling fields, usage, model list, error body."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, JsonValue
+
+from sagellm_protocol.errors import ErrorCode, InvalidArgumentError, SageLLMError
+from sagellm_protocol.fields import (
+    AdditivePenalty,
+    Identifier,
+    LengthPenalty,
+    LogitBias,
+    MaxTokens,
+    MinP,
+    MinTokens,
+    NumBeams,
+    NumOutputs,
+    PenaltyAlpha,
+    RepetitionPenalty,
+    Seed,
+    StopStrings,
+    StopTokenIds,
+    Temperature,
+    TopK,
+    TopP,
+)
+from sagellm_protocol.model import EdgeModel, ProtocolModel
+from sagellm_protocol.request import Priority, Request, RequestPriority
+from sagellm_protocol.response import Usage
+from sagellm_protocol.sampling import DecodingStrategy, SamplingParams
+
+MAX_PROMPTS = 1024
+
+
+class ApiModel(ProtocolModel):
+    """An answer of the API. Fields it doesn't know are ignored, so that clients read newer servers too."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class StreamOptions(EdgeModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool = Field(default=False, description="Send a last chunk with the usage and no choices.")
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(EdgeModel):
+    """The fields that chat and completion requests share; those after ``user`` are sageLLM's extensions.
+
+    A field left out or null takes the engine's default. ``user``, ``store``, ``service_tier``, ``safety_identifier``
+    and ``prompt_cache_key`` are accepted and don't change the answer.
+    """
+
+    model: str = Field(min_length=1, max_length=512)
+    max_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    n: NumOutputs | None = None
+    stop: StopStrings = ()
+    presence_penalty: AdditivePenalty | None = None
+    frequency_penalty: AdditivePenalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    metadata: dict[str, JsonValue] | None = Field(default=None, max_length=64)
+    store: bool | None = None
+    service_tier: str | None = Field(default=None, max_length=64)
+    safety_identifier: str | None = Field(default=None, max_length=512)
+    prompt_cache_key: str | None = Field(default=None, max_length=512)
+    user: str | None = Field(default=None, max_length=512)
+
+    strategy: DecodingStrategy | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    length_penalty: LengthPenalty | None = None
+    num_beams: NumBeams | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    penalty_alpha: PenaltyAlpha | None = None
+    min_tokens: MinTokens | None = None
+    stop_token_ids: StopTokenIds = ()
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: Priority = RequestPriority.NORMAL
+    session_id: Identifier | None = None
+    request_id: Identifier | None = None
+    cache_salt: Identifier | None = None
+    lora: Identifier | None = None
+    kv_budget_tokens: int | None = Field(default=None, gt=0)
+
+    def _check_stream_options(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidArgumentError(
+                "stream_options needs stream; set stream to true or leave stream_options out", field="stream_options"
+            )
+
+    def _to_request(self, **source: Any) -> Request:
+        """Return the protocol's request with the shared fields and ``source`` (prompt or messages, sampling, ids)."""
+        shared = {name: getattr(self, name) for name in _REQUEST_FIELDS}
+        return Request(**{**shared, **source, "stream": bool(self.stream)})
+
+    def _given_sampling(self, **further: Any) -> SamplingParams:
+        """Return the sampling fields that were given, and ``further`` ones that aren't None, as SamplingParams."""
+        values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if name in self.model_fields_set}
+        values.update(further)
+        return SamplingParams(**{name: value for name, value in values.items() if value is not None and value != ()})
+
+
+_REQUEST_FIELDS = ("model", "priority", "session_id", "cache_salt", "lora", "kv_budget_tokens", "metadata")
+_SAMPLING_FIELDS = tuple(name for name in SamplingParams.model_fields if name in GenerationRequest.model_fields)
+
+
+class PromptTokensDetails(ApiModel):
+    """How the prompt's tokens were come by."""
+
+    cached_tokens: int = Field(default=0, ge=0)
+
+
+class CompletionUsage(ApiModel):
+    """Token counts in the API's shape."""
+
+    prompt_tokens: int = Field(default=0, ge=0)
+    completion_tokens: int = Field(default=0, ge=0)
+    total_tokens: int = Field(default=0, ge=0)
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+    @classmethod
+    def of(cls, usage: Usage) -> CompletionUsage:
+        """Return the API's form of ``usage``."""
+        return cls(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            total_tokens=usage.total_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+        )
+
+
+class ModelCard(ApiModel):
+    """One model of the list; fields after ``owned_by`` are extensions."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(default=0, ge=0, description="Seconds since 1970.")
+    owned_by: str = "sagellm"
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = Field(default=None, ge=1)
+
+
+class ModelList(ApiModel):
+    """The answer of ``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard] = Field(default_factory=list)
+
+
+class ErrorBody(ApiModel):
+    """What went wrong, in the API's words."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(ApiModel):
+    """The body of every answer that isn't a success."""
+
+    error: ErrorBody
+
+    @classmethod
+    def of(cls, error: SageLLMError) -> ErrorResponse:
+        """Return the body for ``error``; the status to send with it is ``error.http_status``."""
+        field = error.context.get("field")
+        kind = _ERROR_TYPES.get(error.code, "server_error")
+        return cls(
+            error=ErrorBody(
+                message=error.message, type=kind, param=None if field is None else str(field), code=error.code.value
+            )
+        )
+
+    def to_exception(self, http_status: int = 500) -> SageLLMError:
+        """Return the exception this body stands for; ``http_status`` decides when its code isn't one of ours."""
+        known = {code.value: code for code in ErrorCode}
+        code = known.get(self.error.code or "") or _code_of_status(http_status)
+        context = {} if self.error.param is None else {"field": self.error.param}
+        return SageLLMError(self.error.message, code=code, context=context).to_error().to_exception()
+
+
+def _code_of_status(http_status: int) -> ErrorCode:
+    matching = (code for code in ErrorCode if code.http_status == http_status)
+    fallback = ErrorCode.INVALID_ARGUMENT if 400 <= http_status < 500 else ErrorCode.INTERNAL
+    return next(matching, fallback)
+
+
+_ERROR_TYPES = {
+    ErrorCode.INVALID_ARGUMENT: "invalid_request_error",
+    ErrorCode.NOT_FOUND: "invalid_request_error",
+    ErrorCode.NOT_IMPLEMENTED: "invalid_request_error",
+    ErrorCode.UNAUTHENTICATED: "authentication_error",
+    ErrorCode.PERMISSION_DENIED: "permission_error",
+    ErrorCode.RESOURCE_EXHAUSTED: "rate_limit_error",
+}

@@ -1,0 +1,226 @@
+"""The OpenAI API over a control plane with engines without models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from asgi_client import LeavingClient, client_of, read_events, until
+from fake_engine import FakeEngine
+from sagellm_control_plane import ControlPlaneManager, EngineConfig
+from sagellm_gateway import create_app
+
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(max_model_len=64)
+
+
+@pytest.fixture
+def app(engine: FakeEngine) -> FastAPI:
+    manager = ControlPlaneManager(max_num_waiting=1)
+    manager.register_engine(engine, engine_id="fake", model="m")
+    return create_app(manager, default_model="m")
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(app) as client:
+        yield client
+
+
+async def test_a_chat_answer(client: httpx.AsyncClient) -> None:
+    body = {"model": "m", "messages": HELLO, "max_tokens": 3, "n": 2, "logprobs": True, "top_logprobs": 1}
+    answer = await client.post(CHAT, json=body)
+    assert answer.status_code == 200
+    data = answer.json()
+    assert data["object"] == "chat.completion"
+    assert data["id"].startswith("chatcmpl-")
+    assert [choice["message"]["content"] for choice in data["choices"]] == ["w0 w1 w2 "] * 2
+    assert data["choices"][1]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] == -0.5
+    assert data["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": 6,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+async def test_a_chat_stream(client: httpx.AsyncClient, include_usage: bool) -> None:
+    body: dict[str, Any] = {"model": "m", "messages": HELLO, "max_completion_tokens": 3, "stream": True}
+    if include_usage:
+        body["stream_options"] = {"include_usage": True}
+    events = await read_events(client, CHAT, body)
+    assert events.pop() == "[DONE]"
+    if include_usage:
+        usage = events.pop()
+        assert usage["choices"] == []
+        assert usage["usage"]["total_tokens"] == 4
+    assert {event["id"] for event in events} == {events[0]["id"]}
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "w0 w1 w2 "
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None] * 4 + ["length"]
+    assert not any("usage" in event for event in events)
+
+
+async def test_completions_take_several_prompts(client: httpx.AsyncClient) -> None:
+    answer = await client.post(
+        "/v1/completions", json={"model": "m", "prompt": ["a", "b"], "max_tokens": 1, "echo": True}
+    )
+    assert [choice["text"] for choice in answer.json()["choices"]] == ["aw0 ", "bw0 "]
+    ids = await client.post("/v1/completions", json={"model": "m", "prompt": [1, 2], "max_tokens": 1, "echo": True})
+    assert ids.status_code == 400
+    assert "echo needs the prompt as text" in ids.json()["error"]["message"]
+    events = await read_events(
+        client, "/v1/completions", {"model": "m", "prompt": "a", "max_tokens": 2, "stream": True}
+    )
+    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "w0 w1 "
+
+
+async def test_a_body_without_a_model_gets_the_default_one(client: httpx.AsyncClient) -> None:
+    for body in ({"messages": HELLO}, {"messages": HELLO, "model": "default"}, {"messages": HELLO, "model": None}):
+        answer = await client.post(CHAT, json={**body, "max_tokens": 1})
+        assert answer.json()["model"] == "m"
+
+
+TOOL = {"type": "function", "function": {"name": "add"}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"tools": [TOOL]}, 501, "tools"),
+        ({"tools": [TOOL], "tool_choice": "none"}, 501, "tools"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, 501, "response_format"),
+        ({"response_format": SCHEMA}, 501, "response_format"),
+        ({"reasoning_effort": "high"}, 501, "reasoning_effort"),
+        ({"parallel_tool_calls": True}, 501, "parallel_tool_calls"),
+        ({"session_id": "s"}, 501, "session_id"),
+        ({"lora": "a"}, 501, "lora"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0].type"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"stop": ["x"] * 99}, 400, "stop"),
+        ({"model": "nobody"}, 404, "model"),
+        ({"max_token": 3}, 400, "max_token"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_wrong_or_not_built_is_refused(
+    client: httpx.AsyncClient, fields: dict[str, Any], status: int, param: str, stream: bool
+) -> None:
+    body = {"model": "m", "messages": HELLO, "stream": stream, **fields}
+    answer = await client.post(CHAT, json=body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert answer.headers["x-should-retry"] == "false"
+
+
+async def test_what_changes_nothing_is_accepted(client: httpx.AsyncClient) -> None:
+    fields = {"response_format": {"type": "text"}, "tool_choice": "auto", "parallel_tool_calls": False, "user": "u"}
+    answer = await client.post(CHAT, json={"model": "m", "messages": HELLO, "max_tokens": 1, **fields})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("prompt", "status"), [("fail", 500), ("refuse", 400)])
+async def test_failures_reach_the_client(client: httpx.AsyncClient, prompt: str, status: int, stream: bool) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": prompt}], "stream": stream}
+    answer = await client.post(CHAT, json=body)
+    if stream and prompt == "fail":  # it had begun
+        assert answer.status_code == 200
+        assert answer.text.endswith("\n\n")
+        assert '"code":"internal"' in answer.text.replace(" ", "")
+        assert "[DONE]" not in answer.text
+    else:
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_aborts_its_request(app: FastAPI, engine: FakeEngine, stream: bool) -> None:
+    async with client_of(app):
+        body = {"model": "m", "messages": [{"role": "user", "content": "wait"}], "stream": stream}
+        client = LeavingClient(app, CHAT, body)
+        await until(lambda: engine.running)
+        client.leave()
+        await client.done
+        assert not engine.running
+        assert app.state.manager.get_engine("fake").num_requests == 0
+
+
+async def test_a_full_queue_says_to_come_back() -> None:
+    engine = FakeEngine(max_batch_size=1)
+    manager = ControlPlaneManager(max_num_waiting=0)
+    manager.register_engine(engine, model="m")
+    app = create_app(manager)
+    async with client_of(app) as client:
+        body = {"model": "m", "messages": [{"role": "user", "content": "wait"}]}
+        first = LeavingClient(app, CHAT, body)
+        await until(lambda: engine.running)
+        answer = await client.post(CHAT, json=body)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        engine.gate.set()
+        await first.done
+
+
+async def test_models(client: httpx.AsyncClient) -> None:
+    data = (await client.get("/v1/models")).json()
+    assert data["object"] == "list"
+    assert [(card["id"], card["object"], card["max_model_len"]) for card in data["data"]] == [("m", "model", 64)]
+    assert (await client.get("/v1/models/m")).json() == data["data"][0]
+    assert (await client.get("/v1/models/no/such")).status_code == 404
+
+
+async def test_a_model_name_may_hold_slashes() -> None:
+    manager = ControlPlaneManager(
+        engine_configs=[EngineConfig(model="owner/name")], make_engine=lambda config: FakeEngine(config)
+    )
+    async with client_of(create_app(manager)) as client:
+        assert (await client.get("/v1/models/owner/name")).json()["id"] == "owner/name"
+
+
+async def test_health_metrics_and_welcome(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    health = (await client.get("/health")).json()
+    assert health["status"] == "ok"
+    assert health["engines"]["fake"]["state"] == "ready"
+    await client.post(CHAT, json={"messages": HELLO, "max_tokens": 2})
+    metrics = await client.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert 'sagellm_output_tokens_total{engine_id="fake"} 2.0' in metrics.text
+    assert 'sagellm_requests_running{engine_id="fake"} 0.0' in metrics.text
+    welcome = (await client.get("/")).json()
+    assert welcome["models"] == ["m"]
+    answer = await client.post(welcome["example"]["url"], json={**welcome["example"]["body"], "max_tokens": 1})
+    assert answer.status_code == 200
+    assert (await client.post("/v1/embeddings", json={})).json()["error"]["code"] == "not_found"
+    await engine.stop()
+    assert (await client.get("/health")).status_code == 503
+
+
+async def test_the_built_in_model_answers_the_same_streamed_and_whole() -> None:
+    options = {"max_model_len": 256, "kv_cache_memory_bytes": 2**22}
+    manager = ControlPlaneManager(engine_configs=[EngineConfig(kind="cpu", model="builtin", options=options)])
+    body = {"model": "builtin", "messages": [{"role": "user", "content": "What is LLM inference?"}], "max_tokens": 12}
+    async with client_of(create_app(manager)) as client:
+        whole = (await client.post(CHAT, json=body)).json()
+        assert whole["choices"][0]["message"]["content"].strip()
+        events = await read_events(client, CHAT, {**body, "stream": True})
+        streamed = "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1])
+        assert streamed == whole["choices"][0]["message"]["content"]
+        cards = (await client.get("/v1/models")).json()["data"]
+        assert cards[0]["max_model_len"] == 256

@@ -1,0 +1,166 @@
+"""An engine without a model, for tests of what stands above engines: control plane, gateway, servers.
+
+It answers with the words `w0 w1 ...`, one token each, at once. The prompt says when it should do something else:
+`wait` holds the request until `gate` is set, `fail` ends it with an error, `refuse` raises as for a wrong request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from sagellm_core.config import LLMEngineConfig
+from sagellm_core.engine_core.engine_core import EngineStats
+from sagellm_protocol import (
+    CompletionOutput,
+    FinishReason,
+    InternalError,
+    InvalidArgumentError,
+    Metrics,
+    NotFoundError,
+    Request,
+    Response,
+    StreamEvent,
+    StreamEventDelta,
+    StreamEventEnd,
+    StreamEventStart,
+    TokenLogprob,
+    TopLogprob,
+    UnavailableError,
+    Usage,
+)
+
+
+class FakeEngine:
+    """See the module. `fail_start` makes `start` raise; `start_gate` holds it."""
+
+    def __init__(self, config: LLMEngineConfig | None = None, *, fail_start: bool = False, **options: Any) -> None:
+        self.config = config or LLMEngineConfig.model_validate({"model_path": "fake", **options})
+        self.engine_id = self.config.engine_id or "fake"
+        self.gate = asyncio.Event()
+        self.start_gate = asyncio.Event()
+        self.start_gate.set()
+        self.fail_start = fail_start
+        self.num_starts = 0
+        self.is_running = False
+        self.requests: list[Request] = []
+        self.running: set[str] = set()
+        self.cancelled: list[str] = []
+        self._aborted: dict[str, asyncio.Event] = {}
+
+    async def start(self) -> None:
+        await self.start_gate.wait()
+        if self.fail_start:
+            raise UnavailableError("the fake was told not to start")
+        self.num_starts += 1
+        self.is_running = True
+
+    async def stop(self) -> None:
+        self.is_running = False
+        for event in self._aborted.values():
+            event.set()
+
+    async def __aenter__(self) -> FakeEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def execute(self, request: Request, /) -> Response:
+        async with aclosing(self.stream(request)) as events:
+            last = [event async for event in events][-1]
+        assert isinstance(last, StreamEventEnd)
+        return last.to_response()
+
+    async def stream(self, request: Request, /) -> AsyncGenerator[StreamEvent, None]:
+        prompt = _text(request)
+        if prompt == "refuse":
+            raise InvalidArgumentError("prompt is refused; say something else", field="prompt")
+        if not self.is_running:
+            raise UnavailableError("the engine is not running; call start() first")
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        aborted = self._aborted[request.request_id] = asyncio.Event()
+        names = {"request_id": request.request_id, "trace_id": request.trace_id, "engine_id": self.engine_id}
+        done = False
+        try:
+            yield StreamEventStart(prompt_tokens=len(prompt.split()), **names)
+            if prompt == "wait":
+                await _first_of(self.gate, aborted)
+            sampling = request.resolved_sampling()
+            words = [] if prompt == "fail" or aborted.is_set() else [f"w{i} " for i in range(sampling.max_tokens)]
+            for i, word in enumerate(words):
+                for index in range(sampling.n):
+                    logprobs = None if sampling.logprobs is None else [_logprob(i, word)]
+                    yield StreamEventDelta(chunk=word, chunk_tokens=[i], index=index, logprobs=logprobs, **names)
+                await asyncio.sleep(0)
+            done = True
+            yield StreamEventEnd.of(self._response(request, words, prompt, aborted.is_set(), names))
+        finally:
+            self.running.discard(request.request_id)
+            self._aborted.pop(request.request_id, None)
+            if not done:
+                self.cancelled.append(request.request_id)
+
+    def _response(self, request: Request, words: list[str], prompt: str, aborted: bool, names: Any) -> Response:
+        reason = FinishReason.LENGTH
+        if prompt == "fail":
+            reason = FinishReason.ERROR
+        elif aborted:
+            reason = FinishReason.ABORT
+        sampling = request.resolved_sampling()
+        outputs = [
+            CompletionOutput(
+                index=index,
+                text="".join(words),
+                token_ids=list(range(len(words))),
+                finish_reason=reason,
+                logprobs=None if sampling.logprobs is None else [_logprob(i, word) for i, word in enumerate(words)],
+            )
+            for index in range(sampling.n)
+        ]
+        return Response.of(
+            outputs,
+            model=request.model,
+            metrics=Metrics(ttft_ms=2.0, tpot_ms=1.0, error_rate=float(reason is FinishReason.ERROR)),
+            usage=Usage(prompt_tokens=len(prompt.split()), completion_tokens=len(words) * sampling.n, cached_tokens=1),
+            error=InternalError("the fake broke").to_error() if reason is FinishReason.ERROR else None,
+            **names,
+        )
+
+    def abort(self, request_id: str) -> None:
+        if request_id not in self._aborted:
+            raise NotFoundError(f"no request {request_id!r} is running")
+        self._aborted[request_id].set()
+
+    async def health_check(self) -> bool:
+        return self.is_running
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(len(self.running), 0, 8, 8, 0.0, 1, 0, 0, 0, 0)
+
+    def get_info(self) -> dict[str, Any]:
+        return {"engine_id": self.engine_id, "model": self.config.model_path}
+
+
+def _text(request: Request) -> str:
+    if request.messages is not None:
+        return str(request.messages[-1].content)
+    return request.prompt if isinstance(request.prompt, str) else " ".join(map(str, request.prompt or ()))
+
+
+def _logprob(token_id: int, text: str) -> TokenLogprob:
+    top = TopLogprob(token_id=token_id, logprob=-0.5, rank=1, token=text)
+    return TokenLogprob(token_id=token_id, logprob=-0.5, rank=1, token=text, top=[top])
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    tasks = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
