@@ -302,18 +302,16 @@ void attend_item(const AttentionArgs& a, int request, int first_row, int rows, i
 }
 
 template <class E>
-void attention_as(const AttentionArgs& a) {
+void attention_as(const AttentionArgs& a, Team& team) {
   const int group = a.heads / a.kv_heads;
   const auto rows_of = [&](int r) { return (a.query_start_loc[r + 1] - a.query_start_loc[r]) * group; };
   const auto tiles_of = [&](int r) { return (rows_of(r) + kItemRows - 1) / kItemRows; };
   int tiles = 0;
-  double work = 0.0;
   for (int r = 0; r < a.requests; ++r) {
     tiles += tiles_of(r);
-    work += static_cast<double>(rows_of(r)) * a.context_lens[r] * a.kv_heads * a.head_dim;
   }
   const int items = tiles * a.kv_heads;
-  parallel_items(thread_count(a.threads, work, items), items, [&](int index) {
+  team.each(items, [&](int index) {
     // The last tiles of a request read most; starting with them keeps the
     // threads busy to the end.
     int tile = tiles - 1 - index / a.kv_heads;
@@ -326,35 +324,37 @@ void attention_as(const AttentionArgs& a) {
 }
 
 template <class E>
-void write_cache_as(const CacheWriteArgs& a) {
+void write_cache_as(const CacheWriteArgs& a, Team& team) {
   auto* cache = static_cast<typename E::T*>(a.cache);
   const std::int64_t plane = a.num_blocks * a.kv_heads * a.block_size * a.head_dim;
-  for (int t = 0; t < a.tokens; ++t) {
-    const std::int64_t slot = a.slot_mapping[t];
-    if (slot < 0) continue;
-    for (int h = 0; h < a.kv_heads; ++h) {
-      const std::int64_t place =
-          ((slot / a.block_size * a.kv_heads + h) * a.block_size + slot % a.block_size) * a.head_dim;
-      const float* k = a.k + t * a.k_stride + static_cast<std::ptrdiff_t>(h) * a.head_dim;
-      const float* v = a.v + t * a.v_stride + static_cast<std::ptrdiff_t>(h) * a.head_dim;
-      for (int d = 0; d < a.head_dim; ++d) cache[place + d] = E::put(k[d]);
-      for (int d = 0; d < a.head_dim; ++d) cache[plane + place + d] = E::put(v[d]);
+  team.ranges(a.tokens, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      const std::int64_t slot = a.slot_mapping[t];
+      if (slot < 0) continue;
+      for (int h = 0; h < a.kv_heads; ++h) {
+        const std::int64_t place =
+            ((slot / a.block_size * a.kv_heads + h) * a.block_size + slot % a.block_size) * a.head_dim;
+        const float* k = a.k + t * a.k_stride + static_cast<std::ptrdiff_t>(h) * a.head_dim;
+        const float* v = a.v + t * a.v_stride + static_cast<std::ptrdiff_t>(h) * a.head_dim;
+        for (int d = 0; d < a.head_dim; ++d) cache[place + d] = E::put(k[d]);
+        for (int d = 0; d < a.head_dim; ++d) cache[plane + place + d] = E::put(v[d]);
+      }
     }
-  }
+  });
 }
 
 }  // namespace
 
-void attention(const AttentionArgs& a) {
-  if (a.type == Element::kF32) return attention_as<F32>(a);
-  if (a.type == Element::kBF16) return attention_as<BF16>(a);
-  attention_as<F16>(a);
+void attention(const AttentionArgs& a, Team& team) {
+  if (a.type == Element::kF32) return attention_as<F32>(a, team);
+  if (a.type == Element::kBF16) return attention_as<BF16>(a, team);
+  attention_as<F16>(a, team);
 }
 
-void write_cache(const CacheWriteArgs& a) {
-  if (a.type == Element::kF32) return write_cache_as<F32>(a);
-  if (a.type == Element::kBF16) return write_cache_as<BF16>(a);
-  write_cache_as<F16>(a);
+void write_cache(const CacheWriteArgs& a, Team& team) {
+  if (a.type == Element::kF32) return write_cache_as<F32>(a, team);
+  if (a.type == Element::kBF16) return write_cache_as<BF16>(a, team);
+  write_cache_as<F16>(a, team);
 }
 
 }  // namespace sage::SAGE_ISA

@@ -1,9 +1,5 @@
 #include "dispatch.h"
 
-#include <cstdlib>
-
-#include "parallel.h"
-
 namespace sage {
 
 namespace generic {
@@ -38,29 +34,6 @@ bool is_supported(int index) {
   }
 #endif
   return index == 0;
-}
-
-namespace {
-
-struct Buffer {
-  void* data = nullptr;
-  std::size_t size = 0;
-  ~Buffer() { std::free(data); }
-};
-
-}  // namespace
-
-void* scratch(std::size_t bytes, int slot) {
-  thread_local Buffer buffers[2];
-  Buffer& buffer = buffers[slot];
-  if (buffer.size < bytes) {
-    std::free(buffer.data);
-    const std::size_t rounded = (bytes + 63) / 64 * 64;
-    buffer.data = std::aligned_alloc(64, rounded);
-    buffer.size = buffer.data == nullptr ? 0 : rounded;
-    if (buffer.data == nullptr) std::abort();  // no memory for a few hundred kilobytes: nothing can be computed
-  }
-  return buffer.data;
 }
 
 }  // namespace sage

@@ -3,14 +3,12 @@
 #include <cstdint>
 
 #include "kernels.h"
-#include "parallel.h"
 #include "vec.h"
 
 namespace sage::SAGE_ISA {
 
-void norm(const NormArgs& a) {
-  const double work = static_cast<double>(a.rows) * a.size;
-  parallel_ranges(thread_count(a.threads, work, a.rows), a.rows, [&](int first, int last) {
+void norm(const NormArgs& a, Team& team) {
+  team.ranges(a.rows, [&](int first, int last) {
     for (int r = first; r < last; ++r) {
       const float* x = a.x + r * a.x_stride;
       const float* residual = a.residual == nullptr ? nullptr : a.residual + static_cast<std::ptrdiff_t>(r) * a.size;
@@ -36,27 +34,28 @@ void norm(const NormArgs& a) {
   });
 }
 
-void rotary(const RotaryArgs& a) {
-  for (int t = 0; t < a.tokens; ++t) {
-    const float* cos = a.cos + a.positions[t] * a.half;
-    const float* sin = a.sin + a.positions[t] * a.half;
-    for (int h = 0; h < a.heads; ++h) {
-      float* x = a.x + t * a.x_stride + static_cast<std::ptrdiff_t>(h) * a.head_dim;
-      const int step = a.interleaved ? 2 : 1;
-      const int other = a.interleaved ? 1 : a.half;
-      for (int i = 0; i < a.half; ++i) {
-        const float first = x[i * step];
-        const float second = x[i * step + other];
-        x[i * step] = __builtin_fmaf(first, cos[i], -(second * sin[i]));
-        x[i * step + other] = __builtin_fmaf(second, cos[i], first * sin[i]);
+void rotary(const RotaryArgs& a, Team& team) {
+  team.ranges(a.tokens, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      const float* cos = a.cos + a.positions[t] * a.half;
+      const float* sin = a.sin + a.positions[t] * a.half;
+      for (int h = 0; h < a.heads; ++h) {
+        float* x = a.x + t * a.x_stride + static_cast<std::ptrdiff_t>(h) * a.head_dim;
+        const int step = a.interleaved ? 2 : 1;
+        const int other = a.interleaved ? 1 : a.half;
+        for (int i = 0; i < a.half; ++i) {
+          const float first = x[i * step];
+          const float second = x[i * step + other];
+          x[i * step] = __builtin_fmaf(first, cos[i], -(second * sin[i]));
+          x[i * step + other] = __builtin_fmaf(second, cos[i], first * sin[i]);
+        }
       }
     }
-  }
+  });
 }
 
-void gated(const GatedArgs& a) {
-  const double work = 8.0 * a.rows * a.size;
-  parallel_ranges(thread_count(a.threads, work, a.rows), a.rows, [&](int first, int last) {
+void gated(const GatedArgs& a, Team& team) {
+  team.ranges(a.rows, [&](int first, int last) {
     const V16 one = set1(1.0f);
     for (int r = first; r < last; ++r) {
       const float* gate = a.x + static_cast<std::ptrdiff_t>(r) * 2 * a.size;

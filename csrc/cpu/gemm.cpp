@@ -33,11 +33,11 @@ inline int packed_place(Element type, int c) {
 }
 
 template <class T>
-void pack_as(const PackArgs& a) {
+void pack_as(const PackArgs& a, Team& team) {
   const auto* source = static_cast<const T*>(a.source);
   auto* packed = static_cast<T*>(a.packed);
   const int blocks = (a.n + kLanes - 1) / kLanes;
-  parallel_items(a.threads, blocks, [&](int block) {
+  team.each(blocks, [&](int block) {
     T* out = packed + static_cast<std::size_t>(block) * a.k * kLanes;
     for (int c = 0; c < kLanes; ++c) {
       const int row = block * kLanes + c;
@@ -48,16 +48,20 @@ void pack_as(const PackArgs& a) {
   });
 }
 
+inline Element as_element(Format format) { return static_cast<Element>(format); }
+
 template <class E>
-void unpack_rows_as(const UnpackRowsArgs& a) {
-  const auto* packed = static_cast<const typename E::T*>(a.packed);
-  for (int i = 0; i < a.num_rows; ++i) {
-    const std::int64_t row = a.rows[i];
-    const auto* block = packed + static_cast<std::size_t>(row / kLanes) * a.k * kLanes;
-    const int place = packed_place(a.type, static_cast<int>(row % kLanes));
-    float* y = a.y + static_cast<std::size_t>(i) * a.k;
-    for (int k = 0; k < a.k; ++k) y[k] = E::get(block[static_cast<std::size_t>(k) * kLanes + place]);
-  }
+void unpack_rows_as(const UnpackRowsArgs& a, Team& team) {
+  const auto* packed = static_cast<const typename E::T*>(a.weight->data);
+  team.ranges(a.num_rows, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const std::int64_t row = a.rows[i];
+      const auto* block = packed + static_cast<std::size_t>(row / kLanes) * a.weight->k * kLanes;
+      const int place = packed_place(as_element(a.weight->format), static_cast<int>(row % kLanes));
+      float* y = a.y + static_cast<std::size_t>(i) * a.weight->k;
+      for (int k = 0; k < a.weight->k; ++k) y[k] = E::get(block[static_cast<std::size_t>(k) * kLanes + place]);
+    }
+  });
 }
 
 // One call's view of a product: W is the packed element type.
@@ -76,10 +80,10 @@ struct Product {
   // Rows [row, row + kRows), groups [block, block + kGroups), summands [k, k + count).
   template <int kRows, int kGroups, int kAhead>
   SAGE_MEMBER void tile(int row, int block, int k, int count) const {
-    const std::ptrdiff_t group = static_cast<std::ptrdiff_t>(a.k) * kLanes;
-    const T* w = static_cast<const T*>(a.weight) + block * group + static_cast<std::ptrdiff_t>(k) * kLanes;
+    const std::ptrdiff_t group = static_cast<std::ptrdiff_t>(a.weight->k) * kLanes;
+    const T* w = static_cast<const T*>(a.weight->data) + block * group + static_cast<std::ptrdiff_t>(k) * kLanes;
     float* y = a.y + row * a.y_stride + static_cast<std::ptrdiff_t>(block) * kLanes;
-    const int columns = a.n - block * kLanes;  // a ragged last group stands alone: see rows()
+    const int columns = a.weight->n - block * kLanes;  // a ragged last group stands alone: see rows()
     const int width = columns < kLanes ? columns : kLanes;
     V16 sums[kRows][kGroups];
 #pragma GCC unroll 8
@@ -90,7 +94,7 @@ struct Product {
       }
     }
     multiply<W, kRows, kGroups, kAhead>(sums, a.x + row * a.x_stride + k, a.x_stride, w, {kLanes, group}, count);
-    const bool add_bias = a.bias != nullptr && k + count == a.k;
+    const bool add_bias = a.bias != nullptr && k + count == a.weight->k;
 #pragma GCC unroll 8
     for (int b = 0; b < kGroups; ++b) {
       const V16 bias = add_bias ? load_part(a.bias + (block + b) * kLanes, width) : set1(0.0f);
@@ -104,7 +108,7 @@ struct Product {
   // All groups [first, last) for kRows rows, kGroups side by side so that enough sums are in flight.
   template <int kRows, int kGroups>
   void rows(int row, int first, int last, int k, int count) const {
-    const int whole = a.n / kLanes;  // groups without a ragged edge
+    const int whole = a.weight->n / kLanes;  // groups without a ragged edge
     const int end = last < whole ? last : whole;
     int block = first;
     for (; block + kGroups <= end; block += kGroups) tile<kRows, kGroups, kFetchAhead>(row, block, k, count);
@@ -120,12 +124,12 @@ struct Product {
   }
 
   void few_rows(int first, int last) const {
-    if (a.m == 1) return rows<1, 4 * kWide>(0, first, last, 0, a.k);
-    if (a.m == 2) return rows<2, kSpare * kWide>(0, first, last, 0, a.k);
-    if (a.m == 3) return rows<3, (kSpare - 1) * kWide>(0, first, last, 0, a.k);
-    if (a.m == 4) return rows<4, kWide>(0, first, last, 0, a.k);
-    if (a.m == 5) return rows<5, kWide>(0, first, last, 0, a.k);
-    rows<6, kWide>(0, first, last, 0, a.k);
+    if (a.m == 1) return rows<1, 4 * kWide>(0, first, last, 0, a.weight->k);
+    if (a.m == 2) return rows<2, kSpare * kWide>(0, first, last, 0, a.weight->k);
+    if (a.m == 3) return rows<3, (kSpare - 1) * kWide>(0, first, last, 0, a.weight->k);
+    if (a.m == 4) return rows<4, kWide>(0, first, last, 0, a.weight->k);
+    if (a.m == 5) return rows<5, kWide>(0, first, last, 0, a.weight->k);
+    rows<6, kWide>(0, first, last, 0, a.weight->k);
   }
 
   // Weights stream past once, group by group.
@@ -148,7 +152,7 @@ struct Product {
   // Calls body.operator()<groups>(block) for all groups [first, last), kWide at a time; a ragged one stands alone.
   template <class Body>
   void each_column(int first, int last, const Body& body) const {
-    const int whole = a.n / kLanes;
+    const int whole = a.weight->n / kLanes;
     const int end = last < whole ? last : whole;
     int block = first;
     for (; block + kWide <= end; block += kWide) body.template operator()<kWide>(block);
@@ -157,7 +161,7 @@ struct Product {
 
   template <class Body>
   SAGE_MEMBER void each_chunk(const Body& body) const {
-    for (int k = 0; k < a.k; k += kChunk) body(k, a.k - k < kChunk ? a.k - k : kChunk);
+    for (int k = 0; k < a.weight->k; k += kChunk) body(k, a.weight->k - k < kChunk ? a.weight->k - k : kChunk);
   }
 
   SAGE_MEMBER V16 load_part(const float* p, int width) const { return width == kLanes ? load(p) : load_n(p, width); }
@@ -176,12 +180,11 @@ int piece_size(int blocks, int threads) {
 }
 
 template <class W>
-void linear_as(const LinearArgs& a) {
+void linear_as(const LinearArgs& a, Team& team) {
   const Product<W> product{a};
-  const int blocks = (a.n + kLanes - 1) / kLanes;
-  const int threads = thread_count(a.threads, static_cast<double>(a.m) * a.n * a.k, blocks);
-  const int size = piece_size(blocks, threads);
-  parallel_items(threads, (blocks + size - 1) / size, [&](int piece) {
+  const int blocks = (a.weight->n + kLanes - 1) / kLanes;
+  const int size = piece_size(blocks, team.size);
+  team.each((blocks + size - 1) / size, [&](int piece) {
     const int first = piece * size;
     const int last = first + size < blocks ? first + size : blocks;
     if (a.m <= kTileRows) return product.few_rows(first, last);
@@ -192,22 +195,22 @@ void linear_as(const LinearArgs& a) {
 
 }  // namespace
 
-void pack(const PackArgs& a) {
-  if (a.type == Element::kF32) return pack_as<float>(a);
-  pack_as<std::uint16_t>(a);
+void pack(const PackArgs& a, Team& team) {
+  if (a.type == Element::kF32) return pack_as<float>(a, team);
+  pack_as<std::uint16_t>(a, team);
 }
 
-void unpack_rows(const UnpackRowsArgs& a) {
-  if (a.type == Element::kF32) return unpack_rows_as<F32>(a);
-  if (a.type == Element::kBF16) return unpack_rows_as<BF16>(a);
-  unpack_rows_as<F16>(a);
+void unpack_rows(const UnpackRowsArgs& a, Team& team) {
+  if (a.weight->format == Format::kF32) return unpack_rows_as<F32>(a, team);
+  if (a.weight->format == Format::kBF16) return unpack_rows_as<BF16>(a, team);
+  unpack_rows_as<F16>(a, team);
 }
 
-void linear(const LinearArgs& a) {
+void linear(const LinearArgs& a, Team& team) {
   if (a.m == 0) return;
-  if (a.type == Element::kF32) return linear_as<F32>(a);
-  if (a.type == Element::kBF16) return linear_as<BF16Pairs>(a);
-  linear_as<F16>(a);
+  if (a.weight->format == Format::kF32) return linear_as<F32>(a, team);
+  if (a.weight->format == Format::kBF16) return linear_as<BF16Pairs>(a, team);
+  linear_as<F16>(a, team);
 }
 
 }  // namespace sage::SAGE_ISA

@@ -1,5 +1,7 @@
 // The seam between the bindings and the kernels: plain argument structs and one table of function pointers an ISA.
 //
+// A kernel is called by every thread of a team with the same arguments and returns when the whole team is done.
+//
 // Law of every kernel: the value of an output element depends only on its own row's inputs, computed in one fixed
 // order. Batch size, chunking, thread count and ISA change no bit (exact fused multiply-add everywhere, one summation
 // order).
@@ -7,6 +9,8 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#include "parallel.h"
 
 namespace sage {
 
@@ -17,19 +21,30 @@ inline constexpr int kSplit = 256;
 
 enum class Element : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
-// y[m, n] = bias[n] + sum over k in ascending order of x[m, k] * w[n, k].
+// How a packed matrix is stored; the first three are elements as they are.
+enum class Format : int { kF32 = 0, kBF16 = 1, kF16 = 2, kInt = 3 };
+
+// A matrix [n, k] packed for the kernels; the memory belongs to the caller.
+struct Weight {
+  const void* data;             // floats: [ceil(n / 16)][k][16], missing rows are zero; kInt: see linear_int.cpp
+  const std::uint16_t* scales;  // kInt: f16, [ceil(n / 16)][groups][16]
+  const std::uint16_t* mins;    // kInt: f16, subtracted, as scales; or null
+  int n;
+  int k;
+  Format format;
+  int bits;   // kInt: of a weight
+  int group;  // kInt: neighbours along k that share a scale
+};
+
+// y = x W^T + bias.
 struct LinearArgs {
-  const float* x;      // [m, k], row stride x_stride
-  const void* weight;  // packed: [ceil(n / 16)][k][16]
-  const float* bias;   // [n] or null
-  float* y;            // [m, n], row stride y_stride
+  const float* x;  // [m, k], row stride x_stride
+  const Weight* weight;
+  const float* bias;  // [n] or null
+  float* y;           // [m, n], row stride y_stride
   std::ptrdiff_t x_stride;
   std::ptrdiff_t y_stride;
   int m;
-  int n;
-  int k;
-  Element type;
-  int threads;
 };
 
 struct PackArgs {
@@ -39,16 +54,14 @@ struct PackArgs {
   int n;
   int k;
   Element type;
-  int threads;
 };
 
+// Rows of a packed matrix as floats: the embedding of tokens.
 struct UnpackRowsArgs {
-  const void* packed;
+  const Weight* weight;
   const std::int64_t* rows;  // [num_rows]
   float* y;                  // [num_rows, k]
   int num_rows;
-  int k;
-  Element type;
 };
 
 // Causal attention over the paged cache [2, num_blocks, kv_heads, block_size, head_dim]; head_dim is a multiple of 16.
@@ -71,7 +84,6 @@ struct AttentionArgs {
   int window;      // tokens a query sees, itself included; 0 = all
   float soft_cap;  // 0 = none
   Element type;
-  int threads;
 };
 
 struct CacheWriteArgs {
@@ -100,7 +112,6 @@ struct NormArgs {
   int rows;
   int size;
   float eps;
-  int threads;
 };
 
 // Rotates in place the first 2 * half entries of each head.
@@ -126,20 +137,19 @@ struct GatedArgs {
   int rows;
   int size;
   Activation act;
-  int threads;
 };
 
 struct KernelTable {
   const char* name;
   bool fast_fma;  // false: fused multiply-adds are library calls; right, but slower than torch
-  void (*pack)(const PackArgs&);
-  void (*unpack_rows)(const UnpackRowsArgs&);
-  void (*linear)(const LinearArgs&);
-  void (*attention)(const AttentionArgs&);
-  void (*write_cache)(const CacheWriteArgs&);
-  void (*norm)(const NormArgs&);
-  void (*rotary)(const RotaryArgs&);
-  void (*gated)(const GatedArgs&);
+  void (*pack)(const PackArgs&, Team&);
+  void (*unpack_rows)(const UnpackRowsArgs&, Team&);
+  void (*linear)(const LinearArgs&, Team&);
+  void (*attention)(const AttentionArgs&, Team&);
+  void (*write_cache)(const CacheWriteArgs&, Team&);
+  void (*norm)(const NormArgs&, Team&);
+  void (*rotary)(const RotaryArgs&, Team&);
+  void (*gated)(const GatedArgs&, Team&);
 };
 
 }  // namespace sage

@@ -1,7 +1,11 @@
-// Threads and scratch memory. The OpenMP pool is torch's: the module is imported after torch and asks for as many
-// threads.
+// Teams of threads and scratch memory.
+//
+// Kernels are written for a team: every thread of it calls the kernel with the same arguments, the kernel splits the
+// work by rank and ends with a barrier. So a single op and a program of a thousand ops run through the same code, and
+// between two ops of a program there is a barrier instead of a wake-up.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 
 namespace sage {
@@ -10,37 +14,76 @@ namespace sage {
 // `slot` 0 and 1 are two independent buffers. A later call with the same slot may move it.
 void* scratch(std::size_t bytes, int slot);
 
+// What the threads of the running team share. One pool exists a process, and one team runs at a time.
+struct alignas(64) TeamState {
+  std::atomic<int> next{0};  // the next item of `each`
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<unsigned> round{0};
+  void* memory = nullptr;
+  std::size_t memory_size = 0;
+
+  TeamState() = default;
+  TeamState(const TeamState&) = delete;
+  TeamState& operator=(const TeamState&) = delete;
+  ~TeamState();
+};
+
+// One thread's view of the team it works in.
+class Team {
+ public:
+  Team(TeamState& state, int rank, int size) : rank(rank), size(size), state_(state) {}
+
+  const int rank;
+  const int size;
+
+  // Waits for all threads of the team; what each wrote before is visible to all behind it.
+  void barrier();
+
+  // Memory of at least `bytes` (64-byte aligned) that all threads see, the same for all that ask for as much. Holds
+  // nothing between kernels.
+  void* shared(std::size_t bytes);
+
+  // Runs body(item) for each item in [0, items) on some thread; items are handed out one by one, so that a slow thread
+  // delays nobody. Ends with a barrier.
+  template <class Body>
+  void each(int items, const Body& body) {
+    if (size == 1) {
+      for (int i = 0; i < items; ++i) body(i);
+      return;
+    }
+    for (int i = take(); i < items; i = take()) body(i);
+    barrier();
+  }
+
+  // Runs body(begin, end) on every thread over contiguous, near-equal ranges of [0, items). Ends with a barrier.
+  template <class Body>
+  void ranges(int items, const Body& body) {
+    const int begin = static_cast<int>(static_cast<long long>(items) * rank / size);
+    const int end = static_cast<int>(static_cast<long long>(items) * (rank + 1) / size);
+    if (begin < end) body(begin, end);
+    barrier();
+  }
+
+ private:
+  int take() { return state_.next.fetch_add(1, std::memory_order_relaxed); }
+
+  TeamState& state_;
+};
+
+// Runs entry(context, team) on `threads` threads, the calling one among them, and returns when all are done. Teams of
+// different callers run one after another.
+void run_team(int threads, void (*entry)(void*, Team&), void* context);
+
+template <class Body>
+void run_team(int threads, const Body& body) {
+  run_team(
+      threads, [](void* context, Team& team) { (*static_cast<const Body*>(context))(team); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
 // Below this many multiply-adds waking a second thread costs more than it brings.
 inline constexpr double kSerialWork = 500000.0;
 
-inline int thread_count(int requested, double work, int items) {
-  int threads = work < kSerialWork ? 1 : requested;
-  return threads < items ? threads : (items > 0 ? items : 1);
-}
-
-// Runs body(item) for item in [0, items); items are handed out one by one, so that a slow thread delays nobody.
-template <class Body>
-inline void parallel_items(int threads, int items, const Body& body) {
-  if (threads <= 1) {
-    for (int i = 0; i < items; ++i) body(i);
-    return;
-  }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int i = 0; i < items; ++i) body(i);
-}
-
-// Runs body(begin, end) over contiguous, near-equal ranges of [0, items).
-template <class Body>
-inline void parallel_ranges(int threads, int items, const Body& body) {
-  if (threads <= 1) {
-    body(0, items);
-    return;
-  }
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-  for (int t = 0; t < threads; ++t) {
-    body(static_cast<int>(static_cast<long long>(items) * t / threads),
-         static_cast<int>(static_cast<long long>(items) * (t + 1) / threads));
-  }
-}
+inline int thread_count(int requested, double work) { return work < kSerialWork || requested < 1 ? 1 : requested; }
 
 }  // namespace sage

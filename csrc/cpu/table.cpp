@@ -6,14 +6,14 @@
 
 namespace sage::SAGE_ISA {
 
-void pack(const PackArgs&);
-void unpack_rows(const UnpackRowsArgs&);
-void linear(const LinearArgs&);
-void attention(const AttentionArgs&);
-void write_cache(const CacheWriteArgs&);
-void norm(const NormArgs&);
-void rotary(const RotaryArgs&);
-void gated(const GatedArgs&);
+void pack(const PackArgs&, Team&);
+void unpack_rows(const UnpackRowsArgs&, Team&);
+void linear(const LinearArgs&, Team&);
+void attention(const AttentionArgs&, Team&);
+void write_cache(const CacheWriteArgs&, Team&);
+void norm(const NormArgs&, Team&);
+void rotary(const RotaryArgs&, Team&);
+void gated(const GatedArgs&, Team&);
 
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr bool kFastFma = true;

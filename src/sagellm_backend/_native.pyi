@@ -3,11 +3,26 @@
 
 def supported_isas() -> list[str]: ...
 def has_fast_fma(isa: int) -> bool: ...
+
+class Weight:
+    """A packed matrix; whoever makes it keeps the memory behind the addresses."""
+
+    def __init__(
+        self,
+        data: int,
+        scales: int = 0,
+        mins: int = 0,
+        *,
+        n: int,
+        k: int,
+        format: int,
+        bits: int = 0,
+        group: int = 0,
+    ) -> None: ...
+
 def pack(isa: int, source: int, packed: int, stride: int, n: int, k: int, type: int, threads: int) -> None: ...
-def linear(
-    isa: int, x: int, weight: int, bias: int, y: int, x_stride: int, m: int, n: int, k: int, type: int, threads: int
-) -> None: ...
-def unpack_rows(isa: int, packed: int, rows: int, y: int, num_rows: int, k: int, type: int) -> None: ...
+def linear(isa: int, x: int, weight: Weight, bias: int, y: int, x_stride: int, m: int, threads: int) -> None: ...
+def unpack_rows(isa: int, weight: Weight, rows: int, y: int, num_rows: int, threads: int) -> None: ...
 def attention(
     isa: int,
     q: int,
@@ -44,6 +59,7 @@ def write_cache(
     block_size: int,
     num_blocks: int,
     type: int,
+    threads: int,
 ) -> None: ...
 def norm(
     isa: int,
@@ -70,5 +86,6 @@ def rotary(
     head_dim: int,
     half: int,
     interleaved: int,
+    threads: int,
 ) -> None: ...
 def gated(isa: int, x: int, y: int, rows: int, size: int, act: int, threads: int) -> None: ...

@@ -26,15 +26,15 @@ PRIORITY = 20
 class NativePackedLinear(PackedLinear):
     """A weight in groups of sixteen output columns, `[ceil(N / 16), K, 16]`, in its own dtype."""
 
-    __slots__ = ("packed",)
+    __slots__ = ("native", "packed")
 
     def __init__(self, weight: Tensor, isa: int) -> None:
         n, k = weight.shape
         super().__init__(k, n, weight.dtype, -(-n // _LANES) * _LANES * k * weight.itemsize)
         self.packed = torch.empty(-(-n // _LANES), k, _LANES, dtype=weight.dtype)
-        _native.pack(
-            isa, weight.data_ptr(), self.packed.data_ptr(), weight.stride(0), n, k, _TYPES[weight.dtype], _num_threads()
-        )
+        form = _TYPES[weight.dtype]
+        self.native = _native.Weight(self.packed.data_ptr(), n=n, k=k, format=form)
+        _native.pack(isa, weight.data_ptr(), self.packed.data_ptr(), weight.stride(0), n, k, form, _num_threads())
 
 
 class NativeOps:
@@ -82,14 +82,11 @@ class NativeOps:
         _native.linear(
             self.isa,
             x.data_ptr(),
-            packed.packed.data_ptr(),
+            packed.native,
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             x.stride(0),
             m,
-            n,
-            packed.in_features,
-            _TYPES[packed.dtype],
             _num_threads(),
         )
         return y
@@ -155,6 +152,7 @@ class NativeOps:
                 x.shape[2],
                 cos.shape[1],
                 int(interleaved),
+                _num_threads(),
             )
         return q, k
 
@@ -199,6 +197,7 @@ class NativeOps:
             block_size,
             num_blocks,
             _TYPES[kv_cache.dtype],
+            _num_threads(),
         )
 
     def paged_attention(

@@ -1,0 +1,62 @@
+"""`QuantizedTensor`: a matrix in whole numbers, as quantizers and file formats hand it to `pack_linear`.
+
+Every format that the CPU kernels multiply without dequantizing is an instance of this one description: int8 a channel,
+int4 in groups, and the blocks of GGUF (Q8_0, Q4_0: symmetric groups of 32; Q4_K, Q5_K: groups of 32 with a minimum;
+Q6_K: symmetric groups of 16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sagellm_protocol import InvalidArgumentError
+
+BITS = (4, 5, 6, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A matrix [N, K] with one scale (and perhaps one minimum) a row and group of `group_size` neighbours along K.
+
+    Entry (n, k) of group g = k // group_size stands for `scales[n, g] * (codes[n, k] - offset) - mins[n, g]`, where
+    the offset is 2^(bits - 1) without minima and 0 with them. Symmetric quantizers don't use code 0.
+
+    `codes` is [N, K] uint8 below 2^bits, `scales` [N, G] float16, `mins` [N, G] float16 or None, G = ceil(K /
+    group_size). `group_size` K means one scale a row.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    mins: Tensor | None
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or self.codes.dtype is not torch.uint8 or self.codes.dim() != 2:
+            raise InvalidArgumentError(f"codes must be a uint8 matrix of {BITS} bits, got {self.bits}", field="bits")
+        wanted = (self.shape[0], -(-self.shape[1] // self.group_size))
+        for name, tensor in (("scales", self.scales), ("mins", self.mins)):
+            if tensor is not None and (tuple(tensor.shape) != wanted or tensor.dtype is not torch.float16):
+                raise InvalidArgumentError(
+                    f"{name} must be float16 of shape {list(wanted)}, got {tensor.dtype} {list(tensor.shape)}",
+                    field=name,
+                )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def offset(self) -> int:
+        """What is taken off a code before it is scaled."""
+        return 0 if self.mins is not None else 1 << (self.bits - 1)
+
+    def dequantize(self) -> Tensor:
+        """The matrix in float32 [N, K]."""
+        columns = torch.arange(self.shape[1], device=self.codes.device) // self.group_size
+        values = (self.codes.float() - self.offset) * self.scales.float()[:, columns]
+        return values if self.mins is None else values - self.mins.float()[:, columns]
