@@ -1,7 +1,9 @@
 // The Python module: raw pointers and integers in, the GIL released. `cpu/native.py` is its only caller and checks all
 // shapes, types and strides; see there and in `_native.pyi` for what the arguments mean.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
@@ -10,6 +12,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "program.h"
 
 namespace nb = nanobind;
 using Address = std::uintptr_t;
@@ -95,10 +98,10 @@ void write_cache(int isa, Address k, Address v, Address cache, Address slot_mapp
 }
 
 void norm(int isa, Address x, Address residual, Address weight, Address y, Address new_residual,
-          std::ptrdiff_t x_stride, int rows, int size, float eps, int threads) {
-  run(table(isa).norm, static_cast<double>(rows) * size, threads,
+          std::ptrdiff_t x_stride, int rows, int heads, int size, float eps, int threads) {
+  run(table(isa).norm, static_cast<double>(rows) * heads * size, threads,
       {at<float>(x), at<float>(residual), at<float>(weight), at<float>(y), at<float>(new_residual), x_stride, rows,
-       size, eps});
+       heads, size, eps});
 }
 
 void rotary(int isa, Address x, Address cos, Address sin, Address positions, std::ptrdiff_t x_stride, int tokens,
@@ -108,9 +111,80 @@ void rotary(int isa, Address x, Address cos, Address sin, Address positions, std
        half, interleaved});
 }
 
-void gated(int isa, Address x, Address y, int rows, int size, int act, int threads) {
-  run(table(isa).gated, 8.0 * rows * size, threads,
-      {at<float>(x), at<float>(y), rows, size, static_cast<sage::Activation>(act)});
+void layer_norm(int isa, Address x, Address weight, Address bias, Address y, std::ptrdiff_t x_stride, int rows,
+                int size, float eps, int threads) {
+  run(table(isa).layer_norm, static_cast<double>(rows) * size, threads,
+      {at<float>(x), at<float>(weight), at<float>(bias), at<float>(y), x_stride, rows, size, eps});
+}
+
+void soft_cap(int isa, Address x, Address y, int rows, int size, float cap, int threads) {
+  run(table(isa).soft_cap, 8.0 * rows * size, threads, {at<float>(x), at<float>(y), rows, size, cap});
+}
+
+void activate(int isa, Address x, Address y, std::ptrdiff_t x_stride, int rows, int size, int act, bool gated,
+              int threads) {
+  run(table(isa).activate, 8.0 * rows * size, threads,
+      {at<float>(x), at<float>(y), x_stride, rows, size, static_cast<sage::Activation>(act), gated});
+}
+
+// ---- programs -------------------------------------------------------------------------------------------------------
+
+using sage::Program;
+using Pair = std::pair<int, int>;                                          // buffer, column
+using CacheShape = std::tuple<Address, std::int64_t, int, int, int, int>;  // the fields of sage::Cache
+
+sage::Slot slot(Pair pair) { return {pair.first, pair.second}; }
+
+sage::Cache cache_of(const CacheShape& c) {
+  const auto& [data, num_blocks, kv_heads, head_dim, block_size, type] = c;
+  return {at<void>(data), num_blocks, kv_heads, head_dim, block_size, static_cast<sage::Element>(type)};
+}
+
+void bind_program(nb::module_& m) {
+  nb::class_<Program>(m, "Program")
+      .def("__init__", [](Program* self, int isa) { new (self) Program(table(isa)); })
+      .def("buffer", &Program::buffer)
+      .def("input", &Program::input)
+      .def("gather",
+           [](Program& p, int index, Address rows, int type, Pair y) {
+             p.gather(static_cast<sage::Index>(index), at<void>(rows), static_cast<sage::Element>(type), slot(y));
+           })
+      .def("unpack", [](Program& p, int index, const sage::Weight& weight,
+                        Pair y) { p.unpack(static_cast<sage::Index>(index), &weight, slot(y)); })
+      .def("scale", [](Program& p, Pair x, float factor, Pair y) { p.scale(slot(x), factor, slot(y)); })
+      .def("add", [](Program& p, Pair a, Pair b, Pair y) { p.add(slot(a), slot(b), slot(y)); })
+      .def("linear", [](Program& p, Pair x, const sage::Weight& weight, Address bias,
+                        Pair y) { p.linear(slot(x), &weight, at<float>(bias), slot(y)); })
+      .def("rms_norm", [](Program& p, Pair x, int heads, Address weight, float eps,
+                          Pair y) { p.rms_norm(slot(x), heads, at<float>(weight), eps, slot(y)); })
+      .def("add_rms_norm",
+           [](Program& p, Pair x, Pair residual, Address weight, float eps, Pair y, Pair new_residual) {
+             p.add_rms_norm(slot(x), slot(residual), at<float>(weight), eps, slot(y), slot(new_residual));
+           })
+      .def("layer_norm", [](Program& p, Pair x, Address weight, Address bias, float eps,
+                            Pair y) { p.layer_norm(slot(x), at<float>(weight), at<float>(bias), eps, slot(y)); })
+      .def("activate", [](Program& p, Pair x, int act, bool gated,
+                          Pair y) { p.activate(slot(x), static_cast<sage::Activation>(act), gated, slot(y)); })
+      .def("soft_cap", [](Program& p, Pair x, float cap, Pair y) { p.soft_cap(slot(x), cap, slot(y)); })
+      .def("rotate",
+           [](Program& p, Pair x, int heads, int head_dim, Address cos, Address sin, int half, bool interleaved) {
+             p.rotate(slot(x), heads, head_dim, at<float>(cos), at<float>(sin), half, interleaved);
+           })
+      .def("store", [](Program& p, Pair k, Pair v, const CacheShape& c) { p.store(slot(k), slot(v), cache_of(c)); })
+      .def("attention", [](Program& p, Pair q, int heads, const CacheShape& c, float scale, int window, float soft_cap,
+                           Pair y) { p.attention(slot(q), heads, cache_of(c), scale, window, soft_cap, slot(y)); })
+      .def("finish", [](Program& p, Pair output) { p.finish(slot(output)); })
+      .def(
+          "run",
+          [](Program& p, int rows, Address ids, Address positions, Address slot_mapping, Address query_start_loc,
+             Address context_lens, Address block_tables, int requests, int table_width, Address input, Address output,
+             int threads) {
+            p.run({rows, at<std::int64_t>(ids), at<std::int64_t>(positions), at<std::int64_t>(slot_mapping),
+                   at<std::int32_t>(query_start_loc), at<std::int32_t>(context_lens), at<std::int32_t>(block_tables),
+                   requests, table_width, at<float>(input), at<float>(output)},
+                  threads);
+          },
+          Release());
 }
 
 }  // namespace
@@ -135,6 +209,7 @@ NB_MODULE(_native, m) {
           nb::arg("data"), nb::arg("scales") = 0, nb::arg("mins") = 0, nb::kw_only(), nb::arg("n"), nb::arg("k"),
           nb::arg("format"), nb::arg("bits") = 0, nb::arg("group") = 0);
   m.def("has_fast_fma", [](int isa) { return table(isa).fast_fma; });
+  bind_program(m);
   m.def("pack", pack, Release());
   m.def("linear", linear, Release());
   m.def("unpack_rows", unpack_rows, Release());
@@ -142,5 +217,7 @@ NB_MODULE(_native, m) {
   m.def("write_cache", write_cache, Release());
   m.def("norm", norm, Release());
   m.def("rotary", rotary, Release());
-  m.def("gated", gated, Release());
+  m.def("layer_norm", layer_norm, Release());
+  m.def("soft_cap", soft_cap, Release());
+  m.def("activate", activate, Release());
 }

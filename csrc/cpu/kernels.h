@@ -101,13 +101,26 @@ struct CacheWriteArgs {
   Element type;
 };
 
-// y = rms(x [+ residual]) * weight; new_residual = x + residual where residual is given.
+// y = rms(x [+ residual]) * weight; new_residual = x + residual where residual is given (then heads is 1).
 struct NormArgs {
-  const float* x;         // [rows, size], row stride x_stride
+  const float* x;         // [rows, heads, size], row stride x_stride
   const float* residual;  // [rows, size] or null
   const float* weight;    // [size]
-  float* y;
-  float* new_residual;  // null exactly when residual is null
+  float* y;               // [rows, heads, size]
+  float* new_residual;    // null exactly when residual is null
+  std::ptrdiff_t x_stride;
+  int rows;
+  int heads;
+  int size;
+  float eps;
+};
+
+// y = (x - mean) / sqrt(variance + eps) * weight + bias.
+struct LayerNormArgs {
+  const float* x;       // [rows, size], row stride x_stride
+  const float* weight;  // [size]
+  const float* bias;    // [size] or null
+  float* y;             // [rows, size]
   std::ptrdiff_t x_stride;
   int rows;
   int size;
@@ -128,15 +141,48 @@ struct RotaryArgs {
   int interleaved;  // 1: pairs (2i, 2i+1); 0: pairs (i, i + half)
 };
 
-enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
+enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
-// y[:, i] = act(x[:, i]) * x[:, size + i].
-struct GatedArgs {
-  const float* x;  // [rows, 2 * size]
+// y[:, i] = act(x[:, i]), times x[:, size + i] where gated.
+struct ActivationArgs {
+  const float* x;  // [rows, size or 2 * size], row stride x_stride
   float* y;        // [rows, size]
+  std::ptrdiff_t x_stride;
   int rows;
   int size;
   Activation act;
+  bool gated;
+};
+
+// y = cap * tanh(x / cap).
+struct SoftCapArgs {
+  const float* x;  // [rows, size]
+  float* y;
+  int rows;
+  int size;
+  float cap;
+};
+
+// y = a * scale + b; without b: y = a * scale.
+struct AddArgs {
+  const float* a;  // [rows, size], row strides as named
+  const float* b;  // or null
+  float* y;        // [rows, size]
+  std::ptrdiff_t a_stride;
+  std::ptrdiff_t b_stride;
+  float scale;
+  int rows;
+  int size;
+};
+
+// Rows of a plain table as floats.
+struct GatherArgs {
+  const void* table;         // [.., size]
+  const std::int64_t* rows;  // [num_rows]
+  float* y;                  // [num_rows, size]
+  int num_rows;
+  int size;
+  Element type;
 };
 
 struct KernelTable {
@@ -149,7 +195,11 @@ struct KernelTable {
   void (*write_cache)(const CacheWriteArgs&, Team&);
   void (*norm)(const NormArgs&, Team&);
   void (*rotary)(const RotaryArgs&, Team&);
-  void (*gated)(const GatedArgs&, Team&);
+  void (*layer_norm)(const LayerNormArgs&, Team&);
+  void (*activate)(const ActivationArgs&, Team&);
+  void (*soft_cap)(const SoftCapArgs&, Team&);
+  void (*add)(const AddArgs&, Team&);
+  void (*gather)(const GatherArgs&, Team&);
 };
 
 }  // namespace sage

@@ -13,7 +13,11 @@ void attention(const AttentionArgs&, Team&);
 void write_cache(const CacheWriteArgs&, Team&);
 void norm(const NormArgs&, Team&);
 void rotary(const RotaryArgs&, Team&);
-void gated(const GatedArgs&, Team&);
+void layer_norm(const LayerNormArgs&, Team&);
+void activate(const ActivationArgs&, Team&);
+void soft_cap(const SoftCapArgs&, Team&);
+void add(const AddArgs&, Team&);
+void gather(const GatherArgs&, Team&);
 
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr bool kFastFma = true;
@@ -22,7 +26,8 @@ constexpr bool kFastFma = false;
 #endif
 
 extern const KernelTable table;
-const KernelTable table = {SAGE_TEXT(SAGE_ISA), kFastFma,    pack, unpack_rows, linear,
-                           attention,           write_cache, norm, rotary,      gated};
+const KernelTable table = {
+    SAGE_TEXT(SAGE_ISA), kFastFma, pack,     unpack_rows, linear, attention, write_cache, norm, rotary,
+    layer_norm,          activate, soft_cap, add,         gather};
 
 }  // namespace sage::SAGE_ISA

@@ -191,6 +191,7 @@ class OpTable:
     silu_and_mul: Callable[[Tensor], Tensor]
     gelu_and_mul: GeluOp
     gelu: GeluOp
+    soft_cap: Callable[[Tensor, float], Tensor]
     reshape_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: PagedAttentionOp
     copy_blocks: Callable[[Tensor, Tensor], None]

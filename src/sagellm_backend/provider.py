@@ -17,10 +17,14 @@ from torch import Tensor
 
 import sagellm_backend.reference  # noqa: F401  (registers the ops that every table falls back to)
 from sagellm_backend import kv
+from sagellm_backend.attention import AttentionMetadata
 from sagellm_backend.kv import KVBlockAllocator, KVLayout
 from sagellm_backend.ops import OpTable
 from sagellm_backend.streams import Event, HostEvent, HostStream, Stream
 from sagellm_protocol import CapabilityDescriptor, DType, InvalidArgumentError, KernelKind, KVBlock, UnsupportedError
+
+Forward = Callable[[Tensor, AttentionMetadata], Tensor]
+RowsFunction = Callable[[Tensor], Tensor]
 
 # Numbers a token in blocks of `kv_block_alloc` where the caller names no model: K and V of one head of 128.
 DEFAULT_KV_ELEMENTS_PER_TOKEN = 256
@@ -95,6 +99,18 @@ class BackendProvider(ABC):
     def compute_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """Dtype of activations where weights are stored as `weight_dtype`."""
         return weight_dtype
+
+    def compile_forward(self, forward: Forward) -> Forward:
+        """`forward(input_ids [T], meta) -> [T, H]` in the fastest form that computes the same to the bit.
+
+        The form may hold the addresses of weights and caches, and runs one step at a time. Here: the function itself.
+        """
+        return forward
+
+    def compile_rows(self, function: RowsFunction, width: int) -> RowsFunction:
+        """As `compile_forward` for a function of rows: `function(x [R, width]) -> [R, ...]`."""
+        del width
+        return function
 
     def allocate_kv_cache(self, layout: KVLayout, num_blocks: int) -> list[Tensor]:
         """One zeroed tensor `[2, num_blocks, num_kv_heads, block_size, head_dim]` a layer."""

@@ -2,7 +2,7 @@
 
 Importing it registers the ops of the fastest instruction set this processor has (ImportError where the
 installation was built without a compiler). Everything is checked here, once a call: dtype, shape, strides.
-What a kernel does not cover (a head size that is no multiple of 16, exact gelu) goes to the reference op.
+What a kernel does not cover (a head size that is no multiple of 16, half precision) goes to the reference op.
 
 Each output element is one chain of fused multiply-adds in one order, whatever the batch, the threads or the
 instruction set, so results are the same to the bit; see csrc/cpu.
@@ -15,26 +15,14 @@ from torch import Tensor
 
 from sagellm_backend import _native, reference
 from sagellm_backend.attention import AttentionMetadata
+from sagellm_backend.cpu.packed import TYPES, NativePackedLinear
+from sagellm_backend.cpu.step_program import recordable
 from sagellm_backend.ops import OPS, Approximation, OpRegistry, PackedLinear
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LANES = 16
-_SILU, _GELU_TANH = 0, 1
+SILU = 0
+GELU: dict[Approximation, int] = {"tanh": 1, "none": 2}
 PRIORITY = 20
-
-
-class NativePackedLinear(PackedLinear):
-    """A weight in groups of sixteen output columns, `[ceil(N / 16), K, 16]`, in its own dtype."""
-
-    __slots__ = ("native", "packed")
-
-    def __init__(self, weight: Tensor, isa: int) -> None:
-        n, k = weight.shape
-        super().__init__(k, n, weight.dtype, -(-n // _LANES) * _LANES * k * weight.itemsize)
-        self.packed = torch.empty(-(-n // _LANES), k, _LANES, dtype=weight.dtype)
-        form = _TYPES[weight.dtype]
-        self.native = _native.Weight(self.packed.data_ptr(), n=n, k=k, format=form)
-        _native.pack(isa, weight.data_ptr(), self.packed.data_ptr(), weight.stride(0), n, k, form, _num_threads())
 
 
 class NativeOps:
@@ -49,21 +37,26 @@ class NativeOps:
         for op in (
             "pack_linear",
             "linear",
+            "embedding",
             "rms_norm",
             "add_rms_norm",
             "rotary",
+            "layer_norm",
             "silu_and_mul",
             "gelu_and_mul",
+            "gelu",
+            "soft_cap",
             "reshape_and_cache",
             "paged_attention",
         ):
-            registry.register(op, kind="cpu", priority=priority, source=f"native[{self.name}]")(getattr(self, op))
+            register = registry.register(op, kind="cpu", priority=priority, source=f"native[{self.name}]")
+            register(recordable(op, getattr(self, op)))
 
     # ---- linear ---------------------------------------------------------------------------------------
 
     def pack_linear(self, weight: Tensor) -> PackedLinear:
         """See `reference.pack_linear`. The packed form is a copy: the caller may drop its tensor."""
-        if weight.dim() != 2 or weight.dtype not in _TYPES or weight.stride(1) != 1:
+        if weight.dim() != 2 or weight.dtype not in TYPES or weight.stride(1) != 1:
             return reference.pack_linear(weight)
         return NativePackedLinear(weight, self.isa)
 
@@ -89,6 +82,16 @@ class NativeOps:
             m,
             _num_threads(),
         )
+        return y
+
+    def embedding(self, ids: Tensor, table: Tensor | PackedLinear, dtype: torch.dtype) -> Tensor:
+        """See `reference.embedding`."""
+        if not isinstance(table, NativePackedLinear):
+            assert isinstance(table, Tensor), table
+            return reference.embedding(ids, table, dtype)
+        ids = ids.contiguous()
+        y = torch.empty(ids.shape[0], table.in_features)
+        _native.unpack_rows(self.isa, table.native, ids.data_ptr(), y.data_ptr(), ids.shape[0], _num_threads())
         return y
 
     # ---- rows by themselves ---------------------------------------------------------------------------
@@ -127,10 +130,32 @@ class NativeOps:
             0 if new_residual is None else new_residual.data_ptr(),
             x.stride(0),
             x.shape[0],
+            1,
             x.shape[1],
             eps,
             _num_threads(),
         )
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """See `reference.layer_norm`."""
+        vectors = [weight] if bias is None else [weight, bias]
+        fit = x.dim() == 2 and x.stride(1) == 1 and all(vector.is_contiguous() for vector in vectors)
+        if not fit or {x.dtype, *(vector.dtype for vector in vectors)} != {torch.float32}:
+            return reference.layer_norm(x, weight, bias, eps)
+        y = torch.empty(x.shape)
+        _native.layer_norm(
+            self.isa,
+            x.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.stride(0),
+            x.shape[0],
+            x.shape[1],
+            eps,
+            _num_threads(),
+        )
+        return y
 
     def rotary(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False
@@ -160,25 +185,39 @@ class NativeOps:
         """See `reference.silu_and_mul`."""
         if x.dtype is not torch.float32 or not x.is_contiguous():
             return reference.silu_and_mul(x)
-        return self._gated(x, _SILU)
+        return self._activate(x, SILU, gated=True)
 
     def gelu_and_mul(self, x: Tensor, approximate: Approximation = "none") -> Tensor:
-        """See `reference.gelu_and_mul`."""
-        if approximate != "tanh" or x.dtype is not torch.float32 or not x.is_contiguous():
+        """See `reference.gelu_and_mul`; exact gelu within 1.5e-7 times the input."""
+        if x.dtype is not torch.float32 or not x.is_contiguous():
             return reference.gelu_and_mul(x, approximate)
-        return self._gated(x, _GELU_TANH)
+        return self._activate(x, GELU[approximate], gated=True)
 
-    def _gated(self, x: Tensor, act: int) -> Tensor:
-        rows, size = x.shape[0], x.shape[1] // 2
+    def gelu(self, x: Tensor, approximate: Approximation = "none") -> Tensor:
+        """See `reference.gelu`; exact gelu within 1.5e-7 times the input."""
+        if x.dim() != 2 or x.dtype is not torch.float32 or not x.is_contiguous():
+            return reference.gelu(x, approximate)
+        return self._activate(x, GELU[approximate], gated=False)
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        """See `reference.soft_cap`; absolute error below 2e-7 times the cap."""
+        if x.dim() != 2 or x.dtype is not torch.float32 or not x.is_contiguous():
+            return reference.soft_cap(x, cap)
+        y = torch.empty(x.shape)
+        _native.soft_cap(self.isa, x.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], cap, _num_threads())
+        return y
+
+    def _activate(self, x: Tensor, act: int, *, gated: bool) -> Tensor:
+        rows, size = x.shape[0], x.shape[1] // (2 if gated else 1)
         y = torch.empty(rows, size)
-        _native.gated(self.isa, x.data_ptr(), y.data_ptr(), rows, size, act, _num_threads())
+        _native.activate(self.isa, x.data_ptr(), y.data_ptr(), x.stride(0), rows, size, act, gated, _num_threads())
         return y
 
     # ---- the paged cache ------------------------------------------------------------------------------
 
     def reshape_and_cache(self, k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         """See `reference.reshape_and_cache`."""
-        if kv_cache.dtype not in _TYPES or not kv_cache.is_contiguous() or not (_heads_fit(k) and _heads_fit(v)):
+        if kv_cache.dtype not in TYPES or not kv_cache.is_contiguous() or not (_heads_fit(k) and _heads_fit(v)):
             reference.reshape_and_cache(k, v, kv_cache, slot_mapping)
             return
         _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
@@ -196,7 +235,7 @@ class NativeOps:
             head_dim,
             block_size,
             num_blocks,
-            _TYPES[kv_cache.dtype],
+            TYPES[kv_cache.dtype],
             _num_threads(),
         )
 
@@ -212,7 +251,7 @@ class NativeOps:
     ) -> Tensor:
         """See `reference.paged_attention`."""
         _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
-        if kv_cache.dtype not in _TYPES or head_dim % _LANES or not kv_cache.is_contiguous() or not _heads_fit(q):
+        if kv_cache.dtype not in TYPES or head_dim % _LANES or not kv_cache.is_contiguous() or not _heads_fit(q):
             return reference.paged_attention(q, kv_cache, meta, scale, sliding_window=sliding_window, soft_cap=soft_cap)
         block_tables = meta.block_tables.contiguous()
         out = torch.empty(q.shape)
@@ -235,7 +274,7 @@ class NativeOps:
             scale,
             sliding_window,
             soft_cap,
-            _TYPES[kv_cache.dtype],
+            TYPES[kv_cache.dtype],
             _num_threads(),
         )
         return out
@@ -255,7 +294,7 @@ def _num_threads() -> int:
     return torch.get_num_threads()
 
 
-_FASTEST = NativeOps(len(supported_isas()) - 1)
+FASTEST = NativeOps(len(supported_isas()) - 1)
 # Without fused multiply-add in hardware the kernels are right but slower than torch.
-if _native.has_fast_fma(_FASTEST.isa):
-    _FASTEST.register(OPS)
+if _native.has_fast_fma(FASTEST.isa):
+    FASTEST.register(OPS)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,12 +16,15 @@ from sagellm_backend.provider import (
     DEFAULT_KV_ELEMENTS_PER_TOKEN,
     TABLE_KERNELS,
     BackendProvider,
+    Forward,
     MemoryInfo,
+    RowsFunction,
     parse_device,
 )
 from sagellm_protocol import CapabilityDescriptor, DType, InvalidArgumentError
 
 logger = logging.getLogger(__name__)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class CPUBackendProvider(BackendProvider):
@@ -78,6 +81,25 @@ class CPUBackendProvider(BackendProvider):
         """Always float32: processors have few or no 16-bit units, and memory traffic is the weights'."""
         del weight_dtype
         return torch.float32
+
+    def compile_forward(self, forward: Forward) -> Forward:
+        """A step program where every op of the forward has a kernel, else the function itself."""
+        return self._compiled(forward, lambda programs, isa: programs.record_forward(isa, forward))
+
+    def compile_rows(self, function: RowsFunction, width: int) -> RowsFunction:
+        """As `compile_forward`."""
+        return self._compiled(function, lambda programs, isa: programs.record_rows(isa, function, width))
+
+    def _compiled(self, function: _Function, record: Callable[[Any, int], _Function]) -> _Function:
+        if self.ops.explain()["linear"] == "reference":
+            return function
+        programs = importlib.import_module("sagellm_backend.cpu.step_program")
+        isa = importlib.import_module("sagellm_backend.cpu.native").FASTEST.isa
+        try:
+            return record(programs, isa)
+        except programs.NotRecordableError as error:
+            logger.info("steps run op by op: %s", error)
+            return function
 
 
 @lru_cache(maxsize=1)

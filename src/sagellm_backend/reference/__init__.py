@@ -18,6 +18,7 @@ from sagellm_backend.reference.elementwise import (
     rms_norm,
     rotary,
     silu_and_mul,
+    soft_cap,
 )
 from sagellm_backend.reference.matmul import ReferencePackedLinear, linear, moe_experts, pack_linear
 
@@ -37,4 +38,5 @@ __all__ = [
     "rms_norm",
     "rotary",
     "silu_and_mul",
+    "soft_cap",
 ]

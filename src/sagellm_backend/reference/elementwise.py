@@ -18,6 +18,12 @@ def embedding(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.embedding(ids, weight).to(dtype)
 
 
+@register_op("soft_cap", kind=ANY_KIND, priority=0, source=_SOURCE)
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """`cap * tanh(x / cap)` (Gemma 2, arXiv:2408.00118): values that come no further than the cap."""
+    return torch.tanh(x / cap) * cap
+
+
 @register_op("rms_norm", kind=ANY_KIND, priority=0, source=_SOURCE)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in float32 inside (Zhang and Sennrich, 2019)."""

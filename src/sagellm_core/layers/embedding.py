@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from .linear import Linear
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from sagellm_backend import OpTable
@@ -43,9 +42,10 @@ class Embedding:
 class LMHead:
     """Hidden states -> logits in float32, scaled and softly capped."""
 
-    __slots__ = ("_linear", "_scale", "_soft_cap")
+    __slots__ = ("_cap", "_linear", "_scale", "_soft_cap")
 
-    def __init__(self, linear: Linear, scale: float, soft_cap: float) -> None:
+    def __init__(self, ops: OpTable, linear: Linear, scale: float, soft_cap: float) -> None:
+        self._cap = ops.soft_cap
         self._linear = linear
         self._scale = scale
         self._soft_cap = soft_cap
@@ -56,5 +56,5 @@ class LMHead:
         if self._scale != 1.0:
             logits = logits * self._scale
         if self._soft_cap:
-            logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
+            logits = self._cap(logits, self._soft_cap)
         return logits

@@ -145,7 +145,7 @@ class _Builder:
         spec = self._spec
         weight = embedding.weight if spec.tie_word_embeddings else self._weight("lm_head.weight")
         linear = Linear(self._ops, weight, self._reader.bias("lm_head.bias"))
-        return LMHead(linear, spec.logit_scale, spec.logit_soft_cap)
+        return LMHead(self._ops, linear, spec.logit_scale, spec.logit_soft_cap)
 
     def layer(self, index: int, layer: LayerSpec) -> DecoderLayer | ParallelLayer:
         key, placement = f"layers.{index}.", self._spec.norm_placement

@@ -20,21 +20,23 @@ class ModelRunner:
     """Prepares a step's tensors, runs the model, samples. Stateless between steps but for weights and KV."""
 
     def __init__(self, model: CausalLM, provider: BackendProvider, kv_caches: list[Tensor]) -> None:
-        self._model = model
         self._device = provider.device
-        self._kv_caches = kv_caches
+        self._forward = provider.compile_forward(
+            lambda input_ids, meta: model.forward(input_ids, meta.positions, kv_caches, meta)
+        )
+        self._compute_logits = provider.compile_rows(model.compute_logits, model.spec.hidden_size)
         self._sampler = Sampler()
 
     @torch.inference_mode()
     def execute_model(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """Compute KV and hidden states of the scheduled tokens, and one token for each request that wants it."""
         meta = self._attention_metadata(output)
-        hidden = self._model.forward(self._tensor(output.input_ids), meta.positions, self._kv_caches, meta)
+        hidden = self._forward(self._tensor(output.input_ids), meta)
         rows = [request.sampling_row for request in output.scheduled if request.sampling_row is not None]
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         if rows:
-            logits = self._model.compute_logits(hidden[self._tensor(output.logits_indices)])
+            logits = self._compute_logits(hidden[self._tensor(output.logits_indices)])
             sampled = self._sampler(logits, SamplingMetadata.from_requests(rows))
             token_ids, logprobs = sampled.token_ids, sampled.logprobs
         return ModelRunnerOutput(
@@ -76,7 +78,7 @@ class ModelRunner:
             targets = request.prompt_logprob_targets
             for first in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
                 part = targets[first : first + _PROMPT_LOGPROB_ROWS]
-                logits = self._model.compute_logits(hidden[start + first : start + first + len(part)])
+                logits = self._compute_logits(hidden[start + first : start + first + len(part)])
                 counts = [request.num_prompt_logprobs] * len(part)
                 found.setdefault(request.request_id, []).extend(gather_logprobs(logits, part, counts))
         return found
