@@ -45,7 +45,7 @@ class Symbol:
     def __getattr__(self, name: str) -> NoReturn:
         raise NotRecordableError(f"{type(self).__name__} has no {name!r}")
 
-    def _refuse(self, *operands: object) -> NoReturn:
+    def _refuse(self, *operands: Any) -> Any:
         raise NotRecordableError(f"an operation of {type(self).__name__} with {operands!r} has no kernel")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __getitem__ = _refuse
