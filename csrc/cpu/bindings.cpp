@@ -53,6 +53,11 @@ void pack(int isa, Address source, Address packed, std::ptrdiff_t stride, int n,
       {at<void>(source), at<void>(packed), stride, n, k, static_cast<sage::Element>(type)});
 }
 
+void pack_int(int isa, Address codes, std::ptrdiff_t stride, const sage::Weight& weight, int threads) {
+  run(table(isa).pack_int, static_cast<double>(weight.n) * weight.k, threads,
+      {&weight, at<std::uint8_t>(codes), const_cast<void*>(weight.data), stride});
+}
+
 void linear(int isa, Address x, const sage::Weight& weight, Address bias, Address y, std::ptrdiff_t x_stride, int m,
             int threads) {
   run(table(isa).linear, static_cast<double>(m) * weight.n * weight.k, threads,
@@ -211,6 +216,7 @@ NB_MODULE(_native, m) {
   m.def("has_fast_fma", [](int isa) { return table(isa).fast_fma; });
   bind_program(m);
   m.def("pack", pack, Release());
+  m.def("pack_int", pack_int, Release());
   m.def("linear", linear, Release());
   m.def("unpack_rows", unpack_rows, Release());
   m.def("attention", attention, Release());

@@ -12,12 +12,19 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512_vnni {
+extern const KernelTable table;
+}
+namespace avx512_bf16 {
+extern const KernelTable table;
+}
 #endif
 
 const KernelTable* kernel_table(int index) {
 #if defined(__x86_64__)
-  static const KernelTable* const tables[] = {&generic::table, &avx2::table, &avx512::table};
-  return index >= 0 && index < 3 ? tables[index] : nullptr;
+  static const KernelTable* const tables[] = {&generic::table, &avx2::table, &avx512::table, &avx512_vnni::table,
+                                              &avx512_bf16::table};
+  return index >= 0 && index < 5 ? tables[index] : nullptr;
 #else
   return index == 0 ? &generic::table : nullptr;
 #endif
@@ -32,6 +39,8 @@ bool is_supported(int index) {
     return is_supported(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
+  if (index == 3) return is_supported(2) && __builtin_cpu_supports("avx512vnni");
+  if (index == 4) return is_supported(3) && __builtin_cpu_supports("avx512bf16");
 #endif
   return index == 0;
 }

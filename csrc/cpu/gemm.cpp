@@ -200,7 +200,11 @@ void pack(const PackArgs& a, Team& team) {
   pack_as<std::uint16_t>(a, team);
 }
 
+void unpack_rows_int(const UnpackRowsArgs& a, Team& team);
+void linear_int(const LinearArgs& a, Team& team);
+
 void unpack_rows(const UnpackRowsArgs& a, Team& team) {
+  if (a.weight->format == Format::kInt) return unpack_rows_int(a, team);
   if (a.weight->format == Format::kF32) return unpack_rows_as<F32>(a, team);
   if (a.weight->format == Format::kBF16) return unpack_rows_as<BF16>(a, team);
   unpack_rows_as<F16>(a, team);
@@ -208,6 +212,7 @@ void unpack_rows(const UnpackRowsArgs& a, Team& team) {
 
 void linear(const LinearArgs& a, Team& team) {
   if (a.m == 0) return;
+  if (a.weight->format == Format::kInt) return linear_int(a, team);
   if (a.weight->format == Format::kF32) return linear_as<F32>(a, team);
   if (a.weight->format == Format::kBF16) return linear_as<BF16Pairs>(a, team);
   linear_as<F16>(a, team);

@@ -26,7 +26,7 @@ enum class Format : int { kF32 = 0, kBF16 = 1, kF16 = 2, kInt = 3 };
 
 // A matrix [n, k] packed for the kernels; the memory belongs to the caller.
 struct Weight {
-  const void* data;             // floats: [ceil(n / 16)][k][16], missing rows are zero; kInt: see linear_int.cpp
+  const void* data;             // floats: [ceil(n / 16)][k][16], missing rows are zero; kInt: see there, linear_int.cpp
   const std::uint16_t* scales;  // kInt: f16, [ceil(n / 16)][groups][16]
   const std::uint16_t* mins;    // kInt: f16, subtracted, as scales; or null
   int n;
@@ -54,6 +54,13 @@ struct PackArgs {
   int n;
   int k;
   Element type;
+};
+
+struct PackIntArgs {
+  const Weight* weight;       // the shape of what is packed; its addresses are not read
+  const std::uint8_t* codes;  // [n, k], row stride codes_stride
+  void* packed;
+  std::ptrdiff_t codes_stride;
 };
 
 // Rows of a packed matrix as floats: the embedding of tokens.
@@ -189,6 +196,7 @@ struct KernelTable {
   const char* name;
   bool fast_fma;  // false: fused multiply-adds are library calls; right, but slower than torch
   void (*pack)(const PackArgs&, Team&);
+  void (*pack_int)(const PackIntArgs&, Team&);
   void (*unpack_rows)(const UnpackRowsArgs&, Team&);
   void (*linear)(const LinearArgs&, Team&);
   void (*attention)(const AttentionArgs&, Team&);

@@ -7,6 +7,7 @@
 namespace sage::SAGE_ISA {
 
 void pack(const PackArgs&, Team&);
+void pack_int(const PackIntArgs&, Team&);
 void unpack_rows(const UnpackRowsArgs&, Team&);
 void linear(const LinearArgs&, Team&);
 void attention(const AttentionArgs&, Team&);
@@ -27,7 +28,7 @@ constexpr bool kFastFma = false;
 
 extern const KernelTable table;
 const KernelTable table = {
-    SAGE_TEXT(SAGE_ISA), kFastFma, pack,     unpack_rows, linear, attention, write_cache, norm, rotary,
-    layer_norm,          activate, soft_cap, add,         gather};
+    SAGE_TEXT(SAGE_ISA), kFastFma, pack,     pack_int, unpack_rows, linear, attention, write_cache, norm, rotary,
+    layer_norm,          activate, soft_cap, add,      gather};
 
 }  // namespace sage::SAGE_ISA

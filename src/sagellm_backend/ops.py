@@ -26,6 +26,7 @@ from sagellm_protocol import InternalError, InvalidArgumentError, UnsupportedErr
 
 if TYPE_CHECKING:
     from sagellm_backend.attention import AttentionMetadata
+    from sagellm_backend.quantized import QuantizedTensor
 
 Approximation = Literal["none", "tanh"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -181,7 +182,7 @@ class OpTable:
     reached with `get(name)`.
     """
 
-    pack_linear: Callable[[Tensor], PackedLinear]
+    pack_linear: Callable[[Tensor | QuantizedTensor], PackedLinear]
     linear: LinearOp
     embedding: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]

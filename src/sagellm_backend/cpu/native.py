@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sagellm_backend import _native, reference
 from sagellm_backend.attention import AttentionMetadata
-from sagellm_backend.cpu.packed import TYPES, NativePackedLinear
+from sagellm_backend.cpu.packed import TYPES, NativePackedLinear, pack, pack_quantized
 from sagellm_backend.cpu.step_program import recordable
 from sagellm_backend.ops import OPS, Approximation, OpRegistry, PackedLinear
+from sagellm_backend.quantized import QuantizedTensor
 
 _LANES = 16
 SILU = 0
@@ -54,11 +55,13 @@ class NativeOps:
 
     # ---- linear ---------------------------------------------------------------------------------------
 
-    def pack_linear(self, weight: Tensor) -> PackedLinear:
+    def pack_linear(self, weight: Tensor | QuantizedTensor) -> PackedLinear:
         """See `reference.pack_linear`. The packed form is a copy: the caller may drop its tensor."""
+        if isinstance(weight, QuantizedTensor):
+            return pack_quantized(weight, self.isa)
         if weight.dim() != 2 or weight.dtype not in TYPES or weight.stride(1) != 1:
             return reference.pack_linear(weight)
-        return NativePackedLinear(weight, self.isa)
+        return pack(weight, self.isa)
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         """See `reference.linear`; here the product is in float32 whatever the weight is stored in."""

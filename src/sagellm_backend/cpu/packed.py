@@ -7,22 +7,72 @@ from torch import Tensor
 
 from sagellm_backend import _native
 from sagellm_backend.ops import PackedLinear
+from sagellm_backend.quantized import QuantizedTensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT = 3
 _LANES = 16
 
 
 class NativePackedLinear(PackedLinear):
-    """A weight in groups of sixteen output columns, `[ceil(N / 16), K, 16]`, in its own dtype."""
+    """A weight in groups of sixteen output columns; csrc/cpu/kernels.h has the layouts.
 
-    __slots__ = ("native", "packed")
+    `buffers` are its memory by name ("data", and "scales" and "mins" of whole numbers), `native` their addresses with
+    the shape.
+    """
 
-    def __init__(self, weight: Tensor, isa: int) -> None:
-        n, k = weight.shape
-        super().__init__(k, n, weight.dtype, -(-n // _LANES) * _LANES * k * weight.itemsize)
-        self.packed = torch.empty(-(-n // _LANES), k, _LANES, dtype=weight.dtype)
-        form = TYPES[weight.dtype]
-        self.native = _native.Weight(self.packed.data_ptr(), n=n, k=k, format=form)
-        _native.pack(
-            isa, weight.data_ptr(), self.packed.data_ptr(), weight.stride(0), n, k, form, torch.get_num_threads()
+    __slots__ = ("bits", "buffers", "group_size", "native")
+
+    def __init__(
+        self,
+        buffers: dict[str, Tensor],
+        dtype: torch.dtype,
+        in_features: int,
+        out_features: int,
+        bits: int = 0,
+        group_size: int = 0,
+    ) -> None:
+        super().__init__(in_features, out_features, dtype, sum(buffer.nbytes for buffer in buffers.values()))
+        self.buffers = buffers
+        self.bits = bits
+        self.group_size = group_size
+        addresses = [buffers[name].data_ptr() if name in buffers else 0 for name in ("data", "scales", "mins")]
+        self.native = _native.Weight(
+            *addresses, n=out_features, k=in_features, format=TYPES.get(dtype, _INT), bits=bits, group=group_size
         )
+
+
+def pack(weight: Tensor, isa: int) -> NativePackedLinear:
+    """A float matrix [N, K], rows contiguous, in its own dtype."""
+    n, k = weight.shape
+    data = torch.empty(-(-n // _LANES), k, _LANES, dtype=weight.dtype)
+    packed = NativePackedLinear({"data": data}, weight.dtype, k, n)
+    _native.pack(
+        isa, weight.data_ptr(), data.data_ptr(), weight.stride(0), n, k, TYPES[weight.dtype], torch.get_num_threads()
+    )
+    return packed
+
+
+def pack_quantized(weight: QuantizedTensor, isa: int) -> NativePackedLinear:
+    """A matrix in whole numbers."""
+    n, k = weight.shape
+    blocks = -(-n // _LANES)
+    groups = weight.scales.shape[1]
+    padded_k = groups * weight.group_size if groups > 1 else -(-k // 32) * 32
+    buffers = {
+        "data": torch.empty(blocks * padded_k * _LANES * weight.bits // 8, dtype=torch.uint8),
+        "scales": _by_columns(weight.scales),
+    }
+    if weight.mins is not None:
+        buffers["mins"] = _by_columns(weight.mins)
+    packed = NativePackedLinear(buffers, torch.uint8, k, n, weight.bits, weight.group_size)
+    codes = weight.codes if weight.codes.stride(1) == 1 else weight.codes.contiguous()
+    _native.pack_int(isa, codes.data_ptr(), codes.stride(0), packed.native, torch.get_num_threads())
+    return packed
+
+
+def _by_columns(scales: Tensor) -> Tensor:
+    """[N, G] -> [ceil(N / 16), G, 16], zeros behind the end."""
+    missing = -scales.shape[0] % _LANES
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, missing)) if missing else scales
+    return padded.view(-1, _LANES, scales.shape[1]).transpose(1, 2).contiguous()
