@@ -269,7 +269,7 @@ struct Product {
   template <bool kGrouped, bool kMins>
   void columns(int first, int last) const {
 #if defined(__AVX512BW__)
-    constexpr int kWide = kGrouped ? 2 : 4;
+    constexpr int kWide = 2;
 #else
     constexpr int kWide = 1;
 #endif
