@@ -178,15 +178,36 @@ void bind_program(nb::module_& m) {
       .def("store", [](Program& p, Pair k, Pair v, const CacheShape& c) { p.store(slot(k), slot(v), cache_of(c)); })
       .def("attention", [](Program& p, Pair q, int heads, const CacheShape& c, float scale, int window, float soft_cap,
                            Pair y) { p.attention(slot(q), heads, cache_of(c), scale, window, soft_cap, slot(y)); })
-      .def("finish", [](Program& p, Pair output) { p.finish(slot(output)); })
+      .def("take", [](Program& p, Pair x, Pair y) { p.take(slot(x), slot(y)); })
+      .def("argmax", [](Program& p, Pair x) { p.argmax(slot(x)); })
+      .def("rows_out", [](Program& p, Pair x) { p.rows_out(slot(x)); })
+      .def("samples_out", [](Program& p, Pair x) { p.samples_out(slot(x)); })
+      .def("finish", &Program::finish)
+      .def(
+          "run_rows",
+          [](Program& p, int rows, Address input, Address output, int threads) {
+            p.run({.rows = rows, .input = at<float>(input), .rows_out = at<float>(output)}, threads);
+          },
+          Release())
       .def(
           "run",
           [](Program& p, int rows, Address ids, Address positions, Address slot_mapping, Address query_start_loc,
-             Address context_lens, Address block_tables, int requests, int table_width, Address input, Address output,
-             int threads) {
-            p.run({rows, at<std::int64_t>(ids), at<std::int64_t>(positions), at<std::int64_t>(slot_mapping),
-                   at<std::int32_t>(query_start_loc), at<std::int32_t>(context_lens), at<std::int32_t>(block_tables),
-                   requests, table_width, at<float>(input), at<float>(output)},
+             Address context_lens, Address block_tables, int requests, int table_width, Address samples,
+             int num_samples, Address rows_out, Address samples_out, Address best, int threads) {
+            p.run({.rows = rows,
+                   .ids = at<std::int64_t>(ids),
+                   .positions = at<std::int64_t>(positions),
+                   .slot_mapping = at<std::int64_t>(slot_mapping),
+                   .query_start_loc = at<std::int32_t>(query_start_loc),
+                   .context_lens = at<std::int32_t>(context_lens),
+                   .block_tables = at<std::int32_t>(block_tables),
+                   .requests = requests,
+                   .table_width = table_width,
+                   .samples = at<std::int64_t>(samples),
+                   .num_samples = num_samples,
+                   .rows_out = at<float>(rows_out),
+                   .samples_out = at<float>(samples_out),
+                   .best = at<std::int64_t>(best)},
                   threads);
           },
           Release());

@@ -192,6 +192,15 @@ struct GatherArgs {
   Element type;
 };
 
+// The first of the largest values of each row; NaN is never chosen, but in rows of nothing else, which give 0.
+struct ArgmaxArgs {
+  const float* x;      // [rows, size], row stride x_stride
+  std::int64_t* best;  // [rows]
+  std::ptrdiff_t x_stride;
+  int rows;
+  int size;
+};
+
 struct KernelTable {
   const char* name;
   bool fast_fma;  // false: fused multiply-adds are library calls; right, but slower than torch
@@ -207,6 +216,7 @@ struct KernelTable {
   void (*activate)(const ActivationArgs&, Team&);
   void (*soft_cap)(const SoftCapArgs&, Team&);
   void (*add)(const AddArgs&, Team&);
+  void (*argmax)(const ArgmaxArgs&, Team&);
   void (*gather)(const GatherArgs&, Team&);
 };
 

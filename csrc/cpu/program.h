@@ -25,8 +25,12 @@ struct Step {
   const std::int32_t* block_tables = nullptr;
   int requests = 0;
   int table_width = 0;
-  const float* input = nullptr;  // rows of a program that starts from activations
-  float* output = nullptr;
+  const float* input = nullptr;           // rows of a program that starts from activations
+  const std::int64_t* samples = nullptr;  // [num_samples] rows that `take` keeps
+  int num_samples = 0;
+  float* rows_out = nullptr;     // [rows, ..], what `rows_out` names; null: not wanted
+  float* samples_out = nullptr;  // [num_samples, ..], what `samples_out` names; null: not wanted
+  std::int64_t* best = nullptr;  // [num_samples], what `argmax` finds; null: not wanted
 };
 
 // Columns of a buffer, from `column` on.
@@ -57,8 +61,8 @@ class Program {
 
   static constexpr int kInput = 0;  // the buffer of Step::input
 
-  // Recording. What `finish` names, a whole buffer, is Step::output. Only rotate changes a buffer that is already
-  // written.
+  // Recording. Only rotate changes a buffer that is already written. Calls behind `take` work on Step::samples, and
+  // don't run where there are none.
   int buffer(int width);
   void input(int width);
   void gather(Index index, const void* table, Element type, Slot y);
@@ -74,7 +78,11 @@ class Program {
   void rotate(Slot x, int heads, int head_dim, const float* cos, const float* sin, int half, bool interleaved);
   void store(Slot k, Slot v, const Cache& cache);
   void attention(Slot q, int heads, const Cache& cache, float scale, int window, float soft_cap, Slot y);
-  void finish(Slot output);
+  void take(Slot x, Slot y);
+  void argmax(Slot x);
+  void rows_out(Slot x) { rows_out_ = x.buffer; }        // a whole buffer
+  void samples_out(Slot x) { samples_out_ = x.buffer; }  // a whole buffer, behind take
+  void finish();
 
   // Replays the program. One call at a time.
   void run(const Step& step, int threads);
@@ -84,7 +92,15 @@ class Program {
     int width;
     int first;           // call that writes it
     int last;            // last call that touches it
-    std::size_t offset;  // floats a row before it, once finished
+    int arena;           // 0 in front of take, 1 behind it
+    std::size_t offset;  // floats a row before it in the arena, once finished
+  };
+  struct Arena {
+    std::size_t floats_a_row = 0;
+    float* memory = nullptr;
+    std::size_t size = 0;
+
+    void reserve(int rows);
   };
   struct View;  // a step with its memory
   using Call = std::function<void(const View&, Team&)>;
@@ -94,12 +110,12 @@ class Program {
   void record(Call call) { calls_.push_back(std::move(call)); }
 
   const KernelTable& table_;
-  std::vector<Buffer> buffers_ = {{0, 0, 0, 0}};
+  std::vector<Buffer> buffers_ = {{0, 0, 0, 0, 0}};
   std::vector<Call> calls_;
-  Slot output_ = {-1, 0};
-  std::size_t floats_a_row_ = 0;
-  float* memory_ = nullptr;
-  std::size_t memory_size_ = 0;
+  int take_ = -1;  // the call that is `take`
+  int rows_out_ = -1;
+  int samples_out_ = -1;
+  Arena arenas_[2];
 };
 
 }  // namespace sage

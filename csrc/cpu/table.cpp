@@ -18,6 +18,7 @@ void layer_norm(const LayerNormArgs&, Team&);
 void activate(const ActivationArgs&, Team&);
 void soft_cap(const SoftCapArgs&, Team&);
 void add(const AddArgs&, Team&);
+void argmax(const ArgmaxArgs&, Team&);
 void gather(const GatherArgs&, Team&);
 
 #if defined(__FMA__) || defined(__aarch64__)
@@ -29,6 +30,6 @@ constexpr bool kFastFma = false;
 extern const KernelTable table;
 const KernelTable table = {
     SAGE_TEXT(SAGE_ISA), kFastFma, pack,     pack_int, unpack_rows, linear, attention, write_cache, norm, rotary,
-    layer_norm,          activate, soft_cap, add,      gather};
+    layer_norm,          activate, soft_cap, add,      argmax,      gather};
 
 }  // namespace sage::SAGE_ISA

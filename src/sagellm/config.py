@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from sagellm_core.config import BackendConfig, EngineConfig, LLMEngineConfig
@@ -82,6 +81,8 @@ def load_user_config(environ: Mapping[str, str] = os.environ) -> UserConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     """The file's sections; empty ones are left out, and each is a mapping."""
+    import yaml
+
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

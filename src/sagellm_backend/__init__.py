@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from sagellm_backend.attention import AttentionMetadata
     from sagellm_backend.kv import KVBlockAllocator, KVLayout
     from sagellm_backend.ops import OPS, OpImplementation, OpRegistry, OpTable, PackedLinear, register_op
-    from sagellm_backend.provider import BackendProvider, MemoryInfo
+    from sagellm_backend.provider import BackendProvider, MemoryInfo, StepOutput, StepWants
     from sagellm_backend.providers.ascend import AscendBackendProvider
     from sagellm_backend.providers.cpu import CPUBackendProvider
     from sagellm_backend.providers.cuda import CudaBackendProvider
     from sagellm_backend.providers.haiguang import HaiguangBackendProvider
     from sagellm_backend.providers.kunlun import KunlunBackendProvider
     from sagellm_backend.providers.mock import MockBackendProvider
+    from sagellm_backend.quantized import QuantizedTensor
     from sagellm_backend.registry import get_provider, list_kinds
     from sagellm_backend.streams import Event, Stream
     from sagellm_protocol import CapabilityDescriptor, DType, KernelKind, KVBlock
@@ -37,7 +38,7 @@ else:
             ".attention": ("AttentionMetadata",),
             ".kv": ("KVBlockAllocator", "KVLayout"),
             ".ops": ("OPS", "OpImplementation", "OpRegistry", "OpTable", "PackedLinear", "register_op"),
-            ".provider": ("BackendProvider", "MemoryInfo"),
+            ".provider": ("BackendProvider", "MemoryInfo", "StepOutput", "StepWants"),
             ".providers.ascend": ("AscendBackendProvider",),
             ".providers.cpu": ("CPUBackendProvider",),
             ".providers.cuda": ("CudaBackendProvider",),
@@ -45,6 +46,7 @@ else:
             ".providers.kunlun": ("KunlunBackendProvider",),
             ".providers.mock": ("MockBackendProvider",),
             ".registry": ("get_provider", "list_kinds"),
+            ".quantized": ("QuantizedTensor",),
             ".streams": ("Event", "Stream"),
             "sagellm_protocol": ("CapabilityDescriptor", "DType", "KernelKind", "KVBlock"),
         },
@@ -72,6 +74,9 @@ __all__ = [
     "OpRegistry",
     "OpTable",
     "PackedLinear",
+    "QuantizedTensor",
+    "StepOutput",
+    "StepWants",
     "Stream",
     "get_provider",
     "list_kinds",

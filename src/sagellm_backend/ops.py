@@ -38,19 +38,21 @@ ANY_KIND = "any"
 class PackedLinear:
     """A weight in the form that one implementation of `linear` reads fastest; opaque to everybody else.
 
-    `in_features` is K, `out_features` N, `dtype` the stored dtype, `nbytes` the memory the packed form takes.
+    `in_features` is K, `out_features` N, `dtype` the stored dtype (uint8 for whole numbers), `nbytes` the memory the
+    packed form takes, `format` its name for people: "bf16", "int8", "int4/g32+min" (see `quantized.format_name`).
     """
 
-    __slots__ = ("dtype", "in_features", "nbytes", "out_features")
+    __slots__ = ("dtype", "format", "in_features", "nbytes", "out_features")
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, nbytes: int) -> None:
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, nbytes: int, format: str) -> None:
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
         self.nbytes = nbytes
+        self.format = format
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(in={self.in_features}, out={self.out_features}, dtype={self.dtype})"
+        return f"{type(self).__name__}(in={self.in_features}, out={self.out_features}, format={self.format})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,7 @@ class OpTable:
 
     pack_linear: Callable[[Tensor | QuantizedTensor], PackedLinear]
     linear: LinearOp
-    embedding: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    embedding: Callable[[Tensor, Tensor | PackedLinear, torch.dtype], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     layer_norm: LayerNormOp

@@ -26,6 +26,31 @@ from sagellm_protocol import CapabilityDescriptor, DType, InvalidArgumentError, 
 Forward = Callable[[Tensor, AttentionMetadata], Tensor]
 RowsFunction = Callable[[Tensor], Tensor]
 
+
+@dataclass(frozen=True, slots=True)
+class StepWants:
+    """What a step is run for: hidden states of all tokens, and of the logits perhaps only where they are largest."""
+
+    hidden: bool = False
+    only_best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step computed.
+
+    `hidden` [T, H] is None where it was not wanted, `logits` [S, V] float32 where there is nothing to sample or where
+    `best` (the most probable token of each sampled row, the lowest among equals) was enough.
+    """
+
+    hidden: Tensor | None
+    logits: Tensor | None
+    best: list[int] | None = None
+
+
+StepFunction = Callable[[Tensor, AttentionMetadata, Tensor, StepWants], StepOutput]
+"""(input_ids [T], meta, rows of the tokens to sample [S] int64, what is wanted) -> what was computed."""
+
 # Numbers a token in blocks of `kv_block_alloc` where the caller names no model: K and V of one head of 128.
 DEFAULT_KV_ELEMENTS_PER_TOKEN = 256
 
@@ -100,15 +125,22 @@ class BackendProvider(ABC):
         """Dtype of activations where weights are stored as `weight_dtype`."""
         return weight_dtype
 
-    def compile_forward(self, forward: Forward) -> Forward:
-        """`forward(input_ids [T], meta) -> [T, H]` in the fastest form that computes the same to the bit.
+    def compile_step(self, forward: Forward, compute_logits: RowsFunction, hidden_size: int) -> StepFunction:
+        """A whole step in the fastest form that computes, to the bit, what the two functions compute.
 
-        The form may hold the addresses of weights and caches, and runs one step at a time. Here: the function itself.
+        `forward(input_ids [T], meta) -> [T, hidden_size]`, `compute_logits([S, hidden_size]) -> [S, V]` float32. The
+        form may hold the addresses of weights and caches, and runs one step at a time. Here: one after the other.
         """
-        return forward
+        del hidden_size
+
+        def run(input_ids: Tensor, meta: AttentionMetadata, samples: Tensor, want: StepWants) -> StepOutput:
+            hidden = forward(input_ids, meta)
+            return StepOutput(hidden, compute_logits(hidden[samples]) if len(samples) else None)
+
+        return run
 
     def compile_rows(self, function: RowsFunction, width: int) -> RowsFunction:
-        """As `compile_forward` for a function of rows: `function(x [R, width]) -> [R, ...]`."""
+        """As `compile_step` for a function of rows: `function(x [R, width]) -> [R, ...]`."""
         del width
         return function
 

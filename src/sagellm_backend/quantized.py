@@ -15,6 +15,14 @@ from torch import Tensor
 from sagellm_protocol import InvalidArgumentError
 
 BITS = (4, 5, 6, 8)
+_FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def format_name(dtype: torch.dtype, bits: int = 0, group_size: int = 0, *, minima: bool = False) -> str:
+    """How a weight is stored: "bf16", or "int8", "int4/g32", "int4/g32+min" (`bits`, groups of `group_size` or rows)."""
+    if not bits:
+        return _FLOATS.get(dtype, str(dtype).removeprefix("torch."))
+    return f"int{bits}" + (f"/g{group_size}" if group_size else "") + ("+min" if minima else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,12 @@ class QuantizedTensor:
                     f"{name} must be float16 of shape {list(wanted)}, got {tensor.dtype} {list(tensor.shape)}",
                     field=name,
                 )
+
+    @property
+    def format(self) -> str:
+        """Its name for people."""
+        groups = self.scales.shape[1]
+        return format_name(torch.uint8, self.bits, 0 if groups == 1 else self.group_size, minima=self.mins is not None)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from sagellm_protocol import InvalidArgumentError, NotFoundError, SamplingParams, parse
@@ -124,6 +123,8 @@ def load_config(path: str | Path) -> DemoConfig:
     file = Path(path)
     if not file.is_file():
         raise NotFoundError(f"no configuration file {file}; examples lie in examples/config_cpu.yaml", path=str(file))
+    import yaml  # only where a file is read: it would take a hundredth of a second of every start
+
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
+import typer
 
 from sagellm.config import load_user_config
 from sagellm_protocol import InvalidArgumentError, Metrics, SamplingParams, Usage
@@ -53,4 +52,4 @@ def metrics_line(metrics: Metrics, usage: Usage) -> str:
 
 def print_quietly(text: str) -> None:
     """A remark on stderr, dimmed, so that pipes get the answer alone."""
-    Console(stderr=True, highlight=False).print(Text(text), style="dim", soft_wrap=True)
+    typer.secho(text, err=True, dim=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sagellm_backend import _native, reference
 from sagellm_backend.attention import AttentionMetadata
-from sagellm_backend.cpu.packed import TYPES, NativePackedLinear, pack, pack_quantized
+from sagellm_backend.cpu.packed import TYPES, NativePackedLinear, is_packable, pack, pack_quantized
 from sagellm_backend.cpu.step_program import recordable
 from sagellm_backend.ops import OPS, Approximation, OpRegistry, PackedLinear
 from sagellm_backend.quantized import QuantizedTensor
@@ -58,15 +58,17 @@ class NativeOps:
     def pack_linear(self, weight: Tensor | QuantizedTensor) -> PackedLinear:
         """See `reference.pack_linear`. The packed form is a copy: the caller may drop its tensor."""
         if isinstance(weight, QuantizedTensor):
-            return pack_quantized(weight, self.isa)
+            return pack_quantized(weight, self.isa) if is_packable(weight) else reference.pack_linear(weight)
         if weight.dim() != 2 or weight.dtype not in TYPES or weight.stride(1) != 1:
             return reference.pack_linear(weight)
         return pack(weight, self.isa)
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
-        """See `reference.linear`; here the product is in float32 whatever the weight is stored in."""
-        if not isinstance(packed, NativePackedLinear) or x.dtype is not torch.float32:
+        """See `reference.linear`; the sums are in float32, whatever the weight is stored in."""
+        if not isinstance(packed, NativePackedLinear):
             return reference.linear(x, packed, bias)
+        if x.dtype is not torch.float32:
+            return self.linear(x.float(), packed, bias).to(x.dtype)
         if x.stride(1) != 1:
             x = x.contiguous()
         assert x.dim() == 2, x.shape
@@ -90,12 +92,11 @@ class NativeOps:
     def embedding(self, ids: Tensor, table: Tensor | PackedLinear, dtype: torch.dtype) -> Tensor:
         """See `reference.embedding`."""
         if not isinstance(table, NativePackedLinear):
-            assert isinstance(table, Tensor), table
             return reference.embedding(ids, table, dtype)
         ids = ids.contiguous()
         y = torch.empty(ids.shape[0], table.in_features)
         _native.unpack_rows(self.isa, table.native, ids.data_ptr(), y.data_ptr(), ids.shape[0], _num_threads())
-        return y
+        return y.to(dtype)
 
     # ---- rows by themselves ---------------------------------------------------------------------------
 

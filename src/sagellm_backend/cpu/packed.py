@@ -7,11 +7,12 @@ from torch import Tensor
 
 from sagellm_backend import _native
 from sagellm_backend.ops import PackedLinear
-from sagellm_backend.quantized import QuantizedTensor
+from sagellm_backend.quantized import QuantizedTensor, format_name
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT = 3
 _LANES = 16
+_LONGEST_GROUP = 65536  # 255 * 127 times as much is below 2^31
 
 
 class NativePackedLinear(PackedLinear):
@@ -32,7 +33,10 @@ class NativePackedLinear(PackedLinear):
         bits: int = 0,
         group_size: int = 0,
     ) -> None:
-        super().__init__(in_features, out_features, dtype, sum(buffer.nbytes for buffer in buffers.values()))
+        nbytes = sum(buffer.nbytes for buffer in buffers.values())
+        grouped = group_size if group_size < in_features else 0
+        name = format_name(dtype, bits, grouped, minima="mins" in buffers)
+        super().__init__(in_features, out_features, dtype, nbytes, name)
         self.buffers = buffers
         self.bits = bits
         self.group_size = group_size
@@ -45,12 +49,21 @@ class NativePackedLinear(PackedLinear):
 def pack(weight: Tensor, isa: int) -> NativePackedLinear:
     """A float matrix [N, K], rows contiguous, in its own dtype."""
     n, k = weight.shape
-    data = torch.empty(-(-n // _LANES), k, _LANES, dtype=weight.dtype)
+    pair = 2 if weight.dtype is torch.bfloat16 else 1
+    data = torch.empty(-(-n // _LANES), -(-k // pair), _LANES, pair, dtype=weight.dtype)
     packed = NativePackedLinear({"data": data}, weight.dtype, k, n)
     _native.pack(
         isa, weight.data_ptr(), data.data_ptr(), weight.stride(0), n, k, TYPES[weight.dtype], torch.get_num_threads()
     )
     return packed
+
+
+def is_packable(weight: QuantizedTensor) -> bool:
+    """Whether the kernels read it: groups of whole lines of codes, and sums of products that fit 32 bits."""
+    k = weight.shape[1]
+    if weight.group_size >= k:
+        return k <= _LONGEST_GROUP
+    return weight.group_size % (32 if weight.bits == 5 else 16) == 0 and weight.group_size <= _LONGEST_GROUP
 
 
 def pack_quantized(weight: QuantizedTensor, isa: int) -> NativePackedLinear:

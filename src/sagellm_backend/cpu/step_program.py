@@ -22,7 +22,7 @@ from sagellm_backend import _native
 from sagellm_backend.attention import AttentionMetadata
 from sagellm_backend.cpu.packed import TYPES, NativePackedLinear
 from sagellm_backend.ops import Approximation
-from sagellm_backend.provider import Forward, RowsFunction
+from sagellm_backend.provider import Forward, RowsFunction, StepFunction, StepOutput, StepWants
 
 _Op = TypeVar("_Op", bound=Callable[..., Any])
 
@@ -240,6 +240,12 @@ class Recorder:
         self.program.attention(q.slot, q.heads, self._cache(kv_cache), scale, sliding_window, soft_cap, y.slot)
         return y
 
+    def take(self, x: Rows) -> Rows:
+        """The rows to be sampled; what follows works on them alone."""
+        y = self.new(x.width)
+        self.program.take(x.slot, y.slot)
+        return y
+
     def _cache(self, kv_cache: Tensor) -> tuple[int, int, int, int, int, int]:
         _, num_blocks, kv_heads, block_size, head_dim = kv_cache.shape
         usable = kv_cache.dtype in TYPES and head_dim % 16 == 0 and kv_cache.is_contiguous()
@@ -274,22 +280,33 @@ def recordable(name: str, op: _Op) -> _Op:
     return cast("_Op", run_or_record)
 
 
-def record_forward(isa: int, forward: Forward) -> Forward:
-    """`forward(input_ids [T], meta) -> [T, H]` as a program; one step at a time.
+def record_step(isa: int, forward: Forward, compute_logits: RowsFunction) -> StepFunction:
+    """A step as one program, see `BackendProvider.compile_step`.
 
-    Raises `NotRecordableError` where the forward does what no kernel does.
+    Raises `NotRecordableError` where the model does what no kernel does.
     """
     recorder = Recorder(isa)
-    output = forward(cast("Tensor", Indices(recorder, "input_ids")), cast("AttentionMetadata", StepMeta(recorder)))
-    width = _finish(recorder, output)
     program = recorder.program
+    ids, meta_to_come = Indices(recorder, "input_ids"), StepMeta(recorder)
+    hidden = _whole(forward(cast("Tensor", ids), cast("AttentionMetadata", meta_to_come)))
+    logits = _whole(compute_logits(cast("Tensor", recorder.take(hidden))))
+    program.rows_out(hidden.slot)
+    program.samples_out(logits.slot)
+    program.argmax(logits.slot)
+    program.finish()
 
-    def run(input_ids: Tensor, meta: AttentionMetadata) -> Tensor:
-        rows = input_ids.shape[0]
-        y = torch.empty(rows, width)
+    def run(input_ids: Tensor, meta: AttentionMetadata, samples: Tensor, want: StepWants) -> StepOutput:
+        num_rows, num_samples = input_ids.shape[0], samples.shape[0]
+        hidden_out = torch.empty(num_rows, hidden.width) if want.hidden else None
+        best = logits_out = None
+        if num_samples:
+            if want.only_best:
+                best = torch.empty(num_samples, dtype=torch.int64)
+            else:
+                logits_out = torch.empty(num_samples, logits.width)
         block_tables = meta.block_tables.contiguous()
         program.run(
-            rows,
+            num_rows,
             input_ids.data_ptr(),
             meta.positions.data_ptr(),
             meta.slot_mapping.data_ptr(),
@@ -298,11 +315,14 @@ def record_forward(isa: int, forward: Forward) -> Forward:
             block_tables.data_ptr(),
             meta.num_requests,
             block_tables.shape[1],
-            0,
-            y.data_ptr(),
+            samples.data_ptr(),
+            num_samples,
+            _address(hidden_out),
+            _address(logits_out),
+            _address(best),
             torch.get_num_threads(),
         )
-        return y
+        return StepOutput(hidden_out, logits_out, None if best is None else best.tolist())
 
     run.recorder = recorder  # type: ignore[attr-defined]  # keeps what the addresses point to
     return run
@@ -314,25 +334,31 @@ def record_rows(isa: int, function: RowsFunction, width: int) -> RowsFunction:
     Raises `NotRecordableError` where the function does what no kernel does.
     """
     recorder = Recorder(isa)
-    recorder.program.input(width)
-    out_width = _finish(recorder, function(cast("Tensor", Rows(recorder, 0, 0, width))))
     program = recorder.program
+    program.input(width)
+    output = _whole(function(cast("Tensor", Rows(recorder, 0, 0, width))))
+    program.rows_out(output.slot)
+    program.finish()
 
     def run(x: Tensor) -> Tensor:
         x = x.contiguous()
-        y = torch.empty(x.shape[0], out_width)
-        program.run(x.shape[0], 0, 0, 0, 0, 0, 0, 0, 0, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        y = torch.empty(x.shape[0], output.width)
+        program.run_rows(x.shape[0], x.data_ptr(), y.data_ptr(), torch.get_num_threads())
         return y
 
     run.recorder = recorder  # type: ignore[attr-defined]  # keeps what the addresses point to
     return run
 
 
-def _finish(recorder: Recorder, output: object) -> int:
-    assert isinstance(output, Rows), output
-    assert output.column == 0, output
-    recorder.program.finish(output.slot)
-    return output.width
+def _whole(value: object) -> Rows:
+    """The value as what it must be at the end of a program: all columns of its buffer."""
+    assert isinstance(value, Rows), value
+    assert value.column == 0, value
+    return value
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _require(condition: bool, otherwise: str) -> None:

@@ -12,8 +12,6 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 ROOT = Path("/")
 
 # Features that kernels may require, by the names /proc/cpuinfo has for them and the name we use.
@@ -127,6 +125,8 @@ def _physical_cores(root: Path, allowed: set[int]) -> int:
     }
     if siblings and "" not in siblings:
         return len(siblings)
+    import psutil  # only where /sys does not tell: it would take a hundredth of a second of every start
+
     return min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))
 
 
@@ -164,6 +164,8 @@ def _system_memory(root: Path) -> tuple[int, int]:
     if "MemTotal" in fields and "MemAvailable" in fields:
         total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
         return total, available
+    import psutil
+
     memory = psutil.virtual_memory()
     return memory.total, memory.available
 

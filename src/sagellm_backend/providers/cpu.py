@@ -19,6 +19,7 @@ from sagellm_backend.provider import (
     Forward,
     MemoryInfo,
     RowsFunction,
+    StepFunction,
     parse_device,
 )
 from sagellm_protocol import CapabilityDescriptor, DType, InvalidArgumentError
@@ -82,12 +83,13 @@ class CPUBackendProvider(BackendProvider):
         del weight_dtype
         return torch.float32
 
-    def compile_forward(self, forward: Forward) -> Forward:
-        """A step program where every op of the forward has a kernel, else the function itself."""
-        return self._compiled(forward, lambda programs, isa: programs.record_forward(isa, forward))
+    def compile_step(self, forward: Forward, compute_logits: RowsFunction, hidden_size: int) -> StepFunction:
+        """A step program where every op of the model has a kernel, else one function after the other."""
+        eager = super().compile_step(forward, compute_logits, hidden_size)
+        return self._compiled(eager, lambda programs, isa: programs.record_step(isa, forward, compute_logits))
 
     def compile_rows(self, function: RowsFunction, width: int) -> RowsFunction:
-        """As `compile_forward`."""
+        """A program where every op of the function has a kernel, else the function itself."""
         return self._compiled(function, lambda programs, isa: programs.record_rows(isa, function, width))
 
     def _compiled(self, function: _Function, record: Callable[[Any, int], _Function]) -> _Function:

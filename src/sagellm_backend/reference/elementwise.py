@@ -7,15 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from sagellm_backend.ops import ANY_KIND, Approximation, register_op
+from sagellm_backend.ops import ANY_KIND, Approximation, PackedLinear, register_op
+from sagellm_backend.reference.matmul import unpack_rows
 
 _SOURCE = "reference"
 
 
 @register_op("embedding", kind=ANY_KIND, priority=0, source=_SOURCE)
-def embedding(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows `ids [T]` of `weight [V, H]`, as `dtype`."""
-    return torch.nn.functional.embedding(ids, weight).to(dtype)
+def embedding(ids: Tensor, table: Tensor | PackedLinear, dtype: torch.dtype) -> Tensor:
+    """Rows `ids [T]` of `table [V, H]`, as `dtype`; the table may be a packed matrix (tied embeddings)."""
+    if isinstance(table, PackedLinear):
+        return unpack_rows(ids, table).to(dtype)
+    return torch.nn.functional.embedding(ids, table).to(dtype)
 
 
 @register_op("soft_cap", kind=ANY_KIND, priority=0, source=_SOURCE)

@@ -12,17 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from sagellm_core.engine_core.output import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from sagellm_core.engine_core.output import ModelRunnerOutput, SchedulerOutput
 from sagellm_core.engine_core.policy import SchedulingPolicy
 from sagellm_core.engine_core.request import EngineRequest, RequestStatus
+from sagellm_core.engine_core.step_input import build_scheduler_output
 from sagellm_core.engine_core.stop import check_stop
 from sagellm_core.engine_core.types import EngineCoreOutput, EngineCoreRequest
 from sagellm_core.sampling.logprobs import TokenLogprobs
-from sagellm_core.sampling.metadata import SamplingRow
 from sagellm_kv_cache import Block, BlockTables, KVCacheManager
-from sagellm_protocol import BatchType, Error, FinishReason, InvalidArgumentError, ResourceExhaustedError
+from sagellm_protocol import Error, FinishReason, InvalidArgumentError, ResourceExhaustedError
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +127,8 @@ class Scheduler:
         # Stable: single tokens first, otherwise in the policy's order.
         step.scheduled.sort(key=lambda item: item[1] != 1)
         self._in_flight = step.scheduled
-        return self._build_output(step.scheduled)
+        self._step_id += 1
+        return build_scheduler_output(self._step_id, step.scheduled, self._tables)
 
     def _schedule_running(self, step: _Step) -> None:
         now = self.clock()
@@ -231,56 +230,6 @@ class Scheduler:
             self._tables.free_row(request.table_row)
             request.table_row = -1
 
-    # ---- the step as arrays ---------------------------------------------------------------------------
-
-    def _build_output(self, scheduled: list[tuple[EngineRequest, int]]) -> SchedulerOutput:
-        counts = np.array([num_tokens for _, num_tokens in scheduled], dtype=np.int32)
-        starts = np.array([request.num_computed_tokens for request, _ in scheduled], dtype=np.int32)
-        rows = np.array([request.table_row for request, _ in scheduled], dtype=np.int64)
-        query_start_loc = np.zeros(len(scheduled) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start_loc[1:])
-        context_lens = starts + counts
-        input_ids: list[int] = []
-        for request, num_tokens in scheduled:
-            start = request.num_computed_tokens
-            input_ids += request.token_ids[start : start + num_tokens]
-        positions = np.arange(len(input_ids), dtype=np.int64) + np.repeat(starts - query_start_loc[:-1], counts)
-        samples = [request.num_computed_tokens + n == request.num_tokens for request, n in scheduled]
-        num_decodes = int((counts == 1).sum())
-        self._step_id += 1
-        return SchedulerOutput(
-            step_id=self._step_id,
-            batch_type=_batch_type(num_decodes, len(scheduled)),
-            scheduled=tuple(self._scheduled_request(request, n) for request, n in scheduled),
-            input_ids=np.array(input_ids, dtype=np.int64),
-            positions=positions,
-            query_start_loc=query_start_loc,
-            context_lens=context_lens,
-            block_tables=self._tables.rows(rows, -(-int(context_lens.max()) // self.kv_cache.block_size)),
-            slot_mapping=self._tables.slots_batch(rows, starts, counts),
-            logits_indices=(query_start_loc[1:][np.array(samples)] - 1).astype(np.int64),
-            num_decodes=num_decodes,
-            max_query_len=int(counts.max()),
-            max_context_len=int(context_lens.max()),
-        )
-
-    def _scheduled_request(self, request: EngineRequest, num_tokens: int) -> ScheduledRequest:
-        core = request.core
-        wants_sample = request.num_computed_tokens + num_tokens == request.num_tokens
-        targets: tuple[int, ...] = ()
-        if core.sampling.prompt_logprobs is not None:
-            first = request.num_computed_tokens + 1
-            last = min(first + num_tokens, request.num_prompt_tokens)
-            targets = tuple(request.token_ids[first:last])
-        return ScheduledRequest(
-            request_id=request.request_id,
-            num_scheduled_tokens=num_tokens,
-            sampling_row=SamplingRow.from_request(core, request.token_ids) if wants_sample else None,
-            want_hidden_states=core.want_hidden_states,
-            prompt_logprob_targets=targets,
-            num_prompt_logprobs=core.sampling.prompt_logprobs or 0,
-        )
-
     # ---- after the step -------------------------------------------------------------------------------
 
     def update_from_output(self, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
@@ -381,12 +330,6 @@ class _NewTokens:
 
 def _owed(request: EngineRequest) -> int:
     return request.num_tokens - request.num_computed_tokens
-
-
-def _batch_type(num_decodes: int, num_requests: int) -> BatchType:
-    if num_decodes == num_requests:
-        return BatchType.DECODE
-    return BatchType.MIXED if num_decodes else BatchType.PREFILL
 
 
 def _concatenate(request: EngineRequest) -> torch.Tensor | None:

@@ -66,6 +66,19 @@ class SamplingRow:
         sampling = self.sampling
         return sampling.strategy is not DecodingStrategy.SAMPLING or sampling.temperature < MIN_TEMPERATURE
 
+    @property
+    def takes_most_probable(self) -> bool:
+        """Whether the row wants nothing but its most probable token: no edits of logits, no log-probabilities."""
+        sampling = self.sampling
+        return (
+            self.is_greedy
+            and sampling.logprobs is None
+            and not self.banned_token_ids
+            and not sampling.logit_bias
+            and self.allowed_token_ids is None
+            and not _reads_token_ids(sampling)
+        )
+
 
 def stop_ids(request: EngineCoreRequest) -> frozenset[int]:
     """The token ids that end the request: the model's own (unless `ignore_eos`) and the caller's."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sagellm_backend import AttentionMetadata, BackendProvider
+from sagellm_backend import AttentionMetadata, BackendProvider, StepWants
 from sagellm_core.engine_core.output import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from sagellm_core.models.decoder import CausalLM
 from sagellm_core.sampling.logprobs import TokenLogprobs, gather_logprobs
 from sagellm_core.sampling.metadata import SamplingMetadata
-from sagellm_core.sampling.sampler import Sampler
+from sagellm_core.sampling.sampler import Sampler, SamplerOutput
 
 # Prompt logprobs need a row of the vocabulary for every prompt token; this many at a time bounds the memory.
 _PROMPT_LOGPROB_ROWS = 64
@@ -21,8 +21,10 @@ class ModelRunner:
 
     def __init__(self, model: CausalLM, provider: BackendProvider, kv_caches: list[Tensor]) -> None:
         self._device = provider.device
-        self._forward = provider.compile_forward(
-            lambda input_ids, meta: model.forward(input_ids, meta.positions, kv_caches, meta)
+        self._run_step = provider.compile_step(
+            lambda input_ids, meta: model.forward(input_ids, meta.positions, kv_caches, meta),
+            model.compute_logits,
+            model.spec.hidden_size,
         )
         self._compute_logits = provider.compile_rows(model.compute_logits, model.spec.hidden_size)
         self._sampler = Sampler()
@@ -30,21 +32,27 @@ class ModelRunner:
     @torch.inference_mode()
     def execute_model(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """Compute KV and hidden states of the scheduled tokens, and one token for each request that wants it."""
-        meta = self._attention_metadata(output)
-        hidden = self._forward(self._tensor(output.input_ids), meta)
         rows = [request.sampling_row for request in output.scheduled if request.sampling_row is not None]
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprobs | None] = []
-        if rows:
-            logits = self._compute_logits(hidden[self._tensor(output.logits_indices)])
-            sampled = self._sampler(logits, SamplingMetadata.from_requests(rows))
-            token_ids, logprobs = sampled.token_ids, sampled.logprobs
+        want = StepWants(
+            hidden=any(request.want_hidden_states or request.prompt_logprob_targets for request in output.scheduled),
+            only_best=all(row.takes_most_probable for row in rows),
+        )
+        computed = self._run_step(
+            self._tensor(output.input_ids), self._attention_metadata(output), self._tensor(output.logits_indices), want
+        )
+        if computed.best is not None:
+            sampled = SamplerOutput(computed.best, [None] * len(rows))
+        elif computed.logits is not None:
+            sampled = self._sampler(computed.logits, SamplingMetadata.from_requests(rows))
+        else:
+            sampled = SamplerOutput([], [])
+        hidden = computed.hidden if want.hidden else None
         return ModelRunnerOutput(
             step_id=output.step_id,
-            sampled_token_ids=token_ids,
-            logprobs=logprobs,
-            hidden_states=self._hidden_states(output, hidden),
-            prompt_logprobs=self._prompt_logprobs(output, hidden),
+            sampled_token_ids=sampled.token_ids,
+            logprobs=sampled.logprobs,
+            hidden_states={} if hidden is None else self._hidden_states(output, hidden),
+            prompt_logprobs={} if hidden is None else self._prompt_logprobs(output, hidden),
         )
 
     def _attention_metadata(self, output: SchedulerOutput) -> AttentionMetadata:

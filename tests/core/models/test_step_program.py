@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from sagellm_backend import AttentionMetadata, CPUBackendProvider, KVLayout
-from sagellm_core.models import load_model
 from tests.support.model_zoo import FAMILIES, build
+
+from sagellm_backend import AttentionMetadata, BackendProvider, CPUBackendProvider, KVLayout, StepWants
+from sagellm_core.models import load_model
 
 pytest.importorskip("sagellm_backend._native", reason="the native kernels were not built: no C++ compiler")
 
@@ -42,10 +42,10 @@ def test_a_program_computes_what_the_forward_computes(checkpoint: tuple[str, Pat
     def forward_on(kv_caches: list[torch.Tensor]) -> object:
         return lambda ids, meta: model.forward(ids, meta.positions, kv_caches, meta)
 
-    eager, candidate = forward_on(caches[0]), forward_on(caches[1])
-    compiled = provider.compile_forward(candidate)
-    assert (compiled is candidate) == (family in EAGER)
-    logits = provider.compile_rows(model.compute_logits, spec.hidden_size)
+    eager = BackendProvider.compile_step(provider, forward_on(caches[0]), model.compute_logits, spec.hidden_size)
+    compiled = provider.compile_step(forward_on(caches[1]), model.compute_logits, spec.hidden_size)
+    assert hasattr(compiled, "recorder") == (family not in EAGER)
+    logits_of = provider.compile_rows(model.compute_logits, spec.hidden_size)
     generator = torch.Generator().manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
@@ -58,10 +58,18 @@ def test_a_program_computes_what_the_forward_computes(checkpoint: tuple[str, Pat
                 block_size=BLOCK_SIZE,
             )
             ids = torch.randint(3, spec.vocab_size, (sum(query_lens),), generator=generator)
-            wanted, got = eager(ids, meta), compiled(ids, meta)
-            assert torch.equal(wanted, got)
-            rows = got[-len(query_lens) :]
-            assert torch.equal(model.compute_logits(rows), logits(rows))
+            samples = meta.query_start_loc[1:].long() - 1
+            wanted = eager(ids, meta, samples, StepWants(hidden=True))
+            got = compiled(ids, meta, samples, StepWants(hidden=True))
+            assert torch.equal(wanted.hidden, got.hidden)
+            assert torch.equal(wanted.logits, got.logits)
+            assert torch.equal(wanted.logits, logits_of(got.hidden[samples]))
+            # Again, into the same slots: what is not wanted is not there, and nothing else changes.
+            assert torch.equal(wanted.logits, compiled(ids, meta, samples, StepWants()).logits)
+            best = compiled(ids, meta, samples, StepWants(only_best=True))
+            assert best.best is None or best.best == wanted.logits.argmax(-1).tolist()
+            nothing = compiled(ids, meta, samples[:0], StepWants(only_best=True))
+            assert (nothing.logits, nothing.best) == (None, None)
     finally:
         torch.set_num_threads(before)
 
