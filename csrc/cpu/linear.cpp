@@ -16,7 +16,7 @@
 
 namespace sage::SAGE_ISA {
 
-void linear_int(const LinearArgs &a, Team &team);
+void linear_int(const LinearArgs& a, Team& team);
 
 namespace {
 
@@ -26,10 +26,8 @@ constexpr int kFetchAhead = 2048;
 struct F32Steps {
   using Line = V16;
   static constexpr int kLineBytes = 64;
-  static constexpr int kEntries = 1; // of k a step
-  SAGE_INLINE Line load_line(const char *p) {
-    return load(reinterpret_cast<const float *>(p));
-  }
+  static constexpr int kEntries = 1;  // of k a step
+  SAGE_INLINE Line load_line(const char* p) { return load(reinterpret_cast<const float*>(p)); }
   SAGE_INLINE V16 word(std::uint32_t w) { return set1(bits_to_float(w)); }
   SAGE_INLINE V16 add(V16 x, Line w, V16 sums) { return fma(x, w, sums); }
   // Sixteen entries of a row of x, or those of the last `steps` steps.
@@ -41,15 +39,13 @@ struct F32Steps {
 };
 struct F16Steps : F32Steps {
   static constexpr int kLineBytes = 32;
-  SAGE_INLINE Line load_line(const char *p) {
-    return load_f16(reinterpret_cast<const std::uint16_t *>(p));
-  }
+  SAGE_INLINE Line load_line(const char* p) { return load_f16(reinterpret_cast<const std::uint16_t*>(p)); }
 };
 struct BF16Steps {
   using Line = Pairs;
   static constexpr int kLineBytes = 64;
   static constexpr int kEntries = 2;
-  SAGE_INLINE Line load_line(const char *p) { return load_pairs(p); }
+  SAGE_INLINE Line load_line(const char* p) { return load_pairs(p); }
   SAGE_INLINE Pairs word(std::uint32_t w) { return set1_pair(w); }
   SAGE_INLINE V16 add(Pairs x, Line w, V16 sums) { return dot(x, w, sums); }
   SAGE_INLINE void put(RowWords out, int step, int steps, V16 x) {
@@ -59,10 +55,11 @@ struct BF16Steps {
   }
 };
 
-template <class S> struct Product {
-  const LinearArgs &a;
-  const Tiles &tiles;
-  const std::uint32_t *words;
+template <class S>
+struct Product {
+  const LinearArgs& a;
+  const Tiles& tiles;
+  const std::uint32_t* words;
   int steps;
 
   static constexpr int blocks_at_once(int rows) {
@@ -73,28 +70,23 @@ template <class S> struct Product {
 #endif
   }
 
-  std::size_t block_bytes() const {
-    return static_cast<std::size_t>(steps) * S::kLineBytes;
-  }
+  std::size_t block_bytes() const { return static_cast<std::size_t>(steps) * S::kLineBytes; }
 
   template <int kRows, int kBlocks>
   SAGE_MEMBER void tile(int tile, int block) const {
-    const std::uint32_t *x =
-        words + static_cast<std::size_t>(tile) * tiles.size * steps;
-    const char *w =
-        static_cast<const char *>(a.weight->data) + block * block_bytes();
+    const std::uint32_t* x = words + static_cast<std::size_t>(tile) * tiles.size * steps;
+    const char* w = static_cast<const char*>(a.weight->data) + block * block_bytes();
     V16 sums[kRows][kBlocks];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int b = 0; b < kBlocks; ++b)
-        sums[r][b] = set1(0.0f);
+      for (int b = 0; b < kBlocks; ++b) sums[r][b] = set1(0.0f);
     }
     for (int s = 0; s < steps; ++s) {
       typename S::Line lines[kBlocks];
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) {
-        const char *p = w + b * block_bytes();
+        const char* p = w + b * block_bytes();
         __builtin_prefetch(p + kFetchAhead);
         lines[b] = S::load_line(p);
       }
@@ -102,8 +94,7 @@ template <class S> struct Product {
       for (int r = 0; r < kRows; ++r) {
         const auto value = S::word(x[r]);
 #pragma GCC unroll 4
-        for (int b = 0; b < kBlocks; ++b)
-          sums[r][b] = S::add(value, lines[b], sums[r][b]);
+        for (int b = 0; b < kBlocks; ++b) sums[r][b] = S::add(value, lines[b], sums[r][b]);
       }
       x += kRows;
       w += S::kLineBytes;
@@ -112,19 +103,17 @@ template <class S> struct Product {
   }
 };
 
-template <class S> void linear_as(const LinearArgs &a, Team &team) {
+template <class S>
+void linear_as(const LinearArgs& a, Team& team) {
   const Tiles tiles(a.m);
   const int steps = (a.weight->k + S::kEntries - 1) / S::kEntries;
-  auto *words = static_cast<std::uint32_t *>(
-      panel_memory(tiles, team, sizeof(std::uint32_t) * tiles.words(steps)));
+  auto* words = static_cast<std::uint32_t*>(panel_memory(tiles, team, sizeof(std::uint32_t) * tiles.words(steps)));
   each_row(tiles, team, [&](int r) {
     const RowWords out = row_words(tiles, words, steps, r);
-    const float *x = a.x + r * a.x_stride;
+    const float* x = a.x + r * a.x_stride;
     for (int step = 0; step < steps; step += kLanes / S::kEntries) {
       const int left = a.weight->k - step * S::kEntries;
-      const V16 values = r < a.m ? load_n(x + step * S::kEntries,
-                                          left < kLanes ? left : kLanes)
-                                 : set1(0.0f);
+      const V16 values = r < a.m ? load_n(x + step * S::kEntries, left < kLanes ? left : kLanes) : set1(0.0f);
       S::put(out, step, steps - step, values);
     }
   });
@@ -132,21 +121,20 @@ template <class S> void linear_as(const LinearArgs &a, Team &team) {
   each_tile_of(product, tiles, a.weight->n, product.block_bytes(), team);
 }
 
-} // namespace
+}  // namespace
 
-void linear(const LinearArgs &a, Team &team) {
-  if (a.m == 0)
-    return;
+void linear(const LinearArgs& a, Team& team) {
+  if (a.m == 0) return;
   switch (a.weight->format) {
-  case Format::kF32:
-    return linear_as<F32Steps>(a, team);
-  case Format::kBF16:
-    return linear_as<BF16Steps>(a, team);
-  case Format::kF16:
-    return linear_as<F16Steps>(a, team);
-  case Format::kInt:
-    return linear_int(a, team);
+    case Format::kF32:
+      return linear_as<F32Steps>(a, team);
+    case Format::kBF16:
+      return linear_as<BF16Steps>(a, team);
+    case Format::kF16:
+      return linear_as<F16Steps>(a, team);
+    case Format::kInt:
+      return linear_int(a, team);
   }
 }
 
-} // namespace sage::SAGE_ISA
+}  // namespace sage::SAGE_ISA

@@ -9,88 +9,83 @@
 
 namespace sage::SAGE_ISA {
 
-void unpack_rows_int(const UnpackRowsArgs &a, Team &team);
+void unpack_rows_int(const UnpackRowsArgs& a, Team& team);
 
 namespace {
 
 // Neighbours along k that lie side by side, column by column.
-template <class E> constexpr int kEntries = 1;
-template <> constexpr int kEntries<BF16> = 2;
+template <class E>
+constexpr int kEntries = 1;
+template <>
+constexpr int kEntries<BF16> = 2;
 
 // Subnormal bf16 count as zero, as they do for vdpbf16ps.
-template <class E> SAGE_INLINE typename E::T kept(typename E::T x) {
-  if constexpr (kEntries<E> == 2)
-    return (x & 0x7f80) == 0 ? x & 0x8000 : x;
+template <class E>
+SAGE_INLINE typename E::T kept(typename E::T x) {
+  if constexpr (kEntries<E> == 2) return (x & 0x7f80) == 0 ? x & 0x8000 : x;
   return x;
 }
 
 // Place of (k, column) in a block of sixteen columns.
-template <class E> SAGE_INLINE std::size_t place(int k, int column) {
+template <class E>
+SAGE_INLINE std::size_t place(int k, int column) {
   constexpr int n = kEntries<E>;
   return (static_cast<std::size_t>(k / n) * kLanes + column) * n + k % n;
 }
 
-template <class E> std::size_t block_size(int k) {
+template <class E>
+std::size_t block_size(int k) {
   constexpr int n = kEntries<E>;
   return static_cast<std::size_t>((k + n - 1) / n) * n * kLanes;
 }
 
-template <class E> void pack_as(const PackArgs &a, Team &team) {
+template <class E>
+void pack_as(const PackArgs& a, Team& team) {
   using T = typename E::T;
-  const auto *source = static_cast<const T *>(a.source);
-  auto *packed = static_cast<T *>(a.packed);
+  const auto* source = static_cast<const T*>(a.source);
+  auto* packed = static_cast<T*>(a.packed);
   team.each((a.n + kLanes - 1) / kLanes, [&](int block) {
-    T *out = packed + block * block_size<E>(a.k);
-    std::memset(static_cast<void *>(out), 0, block_size<E>(a.k) * sizeof(T));
-    for (int k0 = 0; k0 < a.k;
-         k0 += 64) { // a few lines of all columns at a time: what is written
-                     // stays in the cache
+    T* out = packed + block * block_size<E>(a.k);
+    std::memset(static_cast<void*>(out), 0, block_size<E>(a.k) * sizeof(T));
+    for (int k0 = 0; k0 < a.k; k0 += 64) {  // a few lines of all columns at a time: what is written
+                                            // stays in the cache
       for (int c = 0; c < kLanes; ++c) {
         const int row = block * kLanes + c;
-        if (row >= a.n)
-          break;
-        const T *in =
-            source + static_cast<std::ptrdiff_t>(row) * a.source_stride;
-        for (int k = k0; k < a.k && k < k0 + 64; ++k)
-          out[place<E>(k, c)] = kept<E>(in[k]);
+        if (row >= a.n) break;
+        const T* in = source + static_cast<std::ptrdiff_t>(row) * a.source_stride;
+        for (int k = k0; k < a.k && k < k0 + 64; ++k) out[place<E>(k, c)] = kept<E>(in[k]);
       }
     }
   });
 }
 
-template <class E> void unpack_rows_as(const UnpackRowsArgs &a, Team &team) {
-  const auto *packed = static_cast<const typename E::T *>(a.weight->data);
+template <class E>
+void unpack_rows_as(const UnpackRowsArgs& a, Team& team) {
+  const auto* packed = static_cast<const typename E::T*>(a.weight->data);
   const int k_all = a.weight->k;
   team.ranges(a.num_rows, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
       const std::int64_t row = a.rows[i];
-      const auto *block = packed + static_cast<std::size_t>(row / kLanes) *
-                                       block_size<E>(k_all);
-      float *y = a.y + static_cast<std::size_t>(i) * k_all;
-      for (int k = 0; k < k_all; ++k)
-        y[k] = E::get(block[place<E>(k, static_cast<int>(row % kLanes))]);
+      const auto* block = packed + static_cast<std::size_t>(row / kLanes) * block_size<E>(k_all);
+      float* y = a.y + static_cast<std::size_t>(i) * k_all;
+      for (int k = 0; k < k_all; ++k) y[k] = E::get(block[place<E>(k, static_cast<int>(row % kLanes))]);
     }
   });
 }
 
-} // namespace
+}  // namespace
 
-void pack(const PackArgs &a, Team &team) {
-  if (a.type == Element::kF32)
-    return pack_as<F32>(a, team);
-  if (a.type == Element::kBF16)
-    return pack_as<BF16>(a, team);
+void pack(const PackArgs& a, Team& team) {
+  if (a.type == Element::kF32) return pack_as<F32>(a, team);
+  if (a.type == Element::kBF16) return pack_as<BF16>(a, team);
   pack_as<F16>(a, team);
 }
 
-void unpack_rows(const UnpackRowsArgs &a, Team &team) {
-  if (a.weight->format == Format::kInt)
-    return unpack_rows_int(a, team);
-  if (a.weight->format == Format::kF32)
-    return unpack_rows_as<F32>(a, team);
-  if (a.weight->format == Format::kBF16)
-    return unpack_rows_as<BF16>(a, team);
+void unpack_rows(const UnpackRowsArgs& a, Team& team) {
+  if (a.weight->format == Format::kInt) return unpack_rows_int(a, team);
+  if (a.weight->format == Format::kF32) return unpack_rows_as<F32>(a, team);
+  if (a.weight->format == Format::kBF16) return unpack_rows_as<BF16>(a, team);
   unpack_rows_as<F16>(a, team);
 }
 
-} // namespace sage::SAGE_ISA
+}  // namespace sage::SAGE_ISA

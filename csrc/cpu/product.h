@@ -27,9 +27,7 @@ inline constexpr int kPanelRows = 4;
 
 // Tiles are compiled for 1, 2, 3, 4, 6, 8, 10 and 12 rows; what is missing is
 // filled with rows of zeros.
-SAGE_INLINE int filled(int rows) {
-  return rows <= 4 ? rows : (rows + 1) / 2 * 2;
-}
+SAGE_INLINE int filled(int rows) { return rows <= 4 ? rows : (rows + 1) / 2 * 2; }
 
 // Up to so many rows each thread converts x for itself; for more they share the
 // work, at the price of a barrier.
@@ -43,12 +41,8 @@ struct Tiles {
     count = (m + size - 1) / size;
   }
 
-  int rows(int tile) const {
-    return m - tile * size < size ? m - tile * size : size;
-  }
-  std::size_t words(int steps) const {
-    return static_cast<std::size_t>(count) * size * steps;
-  }
+  int rows(int tile) const { return m - tile * size < size ? m - tile * size : size; }
+  std::size_t words(int steps) const { return static_cast<std::size_t>(count) * size * steps; }
 
   int m;
   int size;
@@ -57,64 +51,53 @@ struct Tiles {
 
 // Where a row's words go: word s at first[s * stride].
 struct RowWords {
-  std::uint32_t *first;
+  std::uint32_t* first;
   int stride;
 
-  SAGE_MEMBER void put(int step, const void *words, int n) const {
+  SAGE_MEMBER void put(int step, const void* words, int n) const {
     if (stride == 1) {
-      std::memcpy(first + step, words,
-                  sizeof(std::uint32_t) * static_cast<std::size_t>(n));
+      std::memcpy(first + step, words, sizeof(std::uint32_t) * static_cast<std::size_t>(n));
       return;
     }
     for (int i = 0; i < n; ++i) {
       std::uint32_t word;
-      std::memcpy(&word, static_cast<const char *>(words) + sizeof word * i,
-                  sizeof word);
+      std::memcpy(&word, static_cast<const char*>(words) + sizeof word * i, sizeof word);
       first[static_cast<std::ptrdiff_t>(step + i) * stride] = word;
     }
   }
 };
 
 // The words of row r of a panel.
-SAGE_INLINE RowWords row_words(const Tiles &tiles, std::uint32_t *words,
-                               int steps, int r) {
+SAGE_INLINE RowWords row_words(const Tiles& tiles, std::uint32_t* words, int steps, int r) {
   const int tile = r / tiles.size;
-  return {words + static_cast<std::size_t>(tile) * tiles.size * steps +
-              r % tiles.size,
-          filled(tiles.rows(tile))};
+  return {words + static_cast<std::size_t>(tile) * tiles.size * steps + r % tiles.size, filled(tiles.rows(tile))};
 }
 
 // Calls body(r) for all rows of the panel, the filling ones too, before anybody
 // uses them.
 template <class Body>
-SAGE_INLINE void each_row(const Tiles &tiles, Team &team, const Body &body) {
-  const int rows =
-      (tiles.count - 1) * tiles.size + filled(tiles.rows(tiles.count - 1));
+SAGE_INLINE void each_row(const Tiles& tiles, Team& team, const Body& body) {
+  const int rows = (tiles.count - 1) * tiles.size + filled(tiles.rows(tiles.count - 1));
   if (tiles.m <= kPrivateRows || team.size == 1) {
-    for (int r = 0; r < rows; ++r)
-      body(r);
+    for (int r = 0; r < rows; ++r) body(r);
     return;
   }
   team.ranges(rows, [&](int begin, int end) {
-    for (int r = begin; r < end; ++r)
-      body(r);
+    for (int r = begin; r < end; ++r) body(r);
   });
 }
 
-SAGE_INLINE void *panel_memory(const Tiles &tiles, Team &team,
-                               std::size_t bytes) {
-  return tiles.m <= kPrivateRows || team.size == 1 ? scratch(bytes, 0)
-                                                   : team.shared(bytes);
+SAGE_INLINE void* panel_memory(const Tiles& tiles, Team& team, std::size_t bytes) {
+  return tiles.m <= kPrivateRows || team.size == 1 ? scratch(bytes, 0) : team.shared(bytes);
 }
 
 // Calls body.operator()<rows>() with the number of rows of a tile as a
 // constant.
 template <class Body>
-SAGE_INLINE void with_tile_rows(int rows, const Body &body) {
-#define SAGE_CASE(n)                                                           \
-  case n:                                                                      \
-    if constexpr (n <= kPanelRows)                                             \
-      return body.template operator()<n>();                                    \
+SAGE_INLINE void with_tile_rows(int rows, const Body& body) {
+#define SAGE_CASE(n)                                                     \
+  case n:                                                                \
+    if constexpr (n <= kPanelRows) return body.template operator()<n>(); \
     break
   switch (rows) {
     SAGE_CASE(1);
@@ -141,32 +124,24 @@ inline constexpr int kBandTiles = 24;
 // rows) is handed to one thread; there are many, so that a thread that loses
 // its core delays nobody. `block_bytes` is the size of a block's weights.
 template <class Product>
-void each_tile_of(const Product &product, const Tiles &tiles, int n,
-                  std::size_t block_bytes, Team &team) {
+void each_tile_of(const Product& product, const Tiles& tiles, int n, std::size_t block_bytes, Team& team) {
   const int blocks = (n + kLanes - 1) / kLanes;
   int size = blocks / (team.size * 16) / 4 * 4;
-  const int most = tiles.count == 1
-                       ? 64
-                       : static_cast<int>(kPieceBytes / block_bytes) / 4 * 4;
-  if (size > most)
-    size = most;
-  if (size < 4)
-    size = 4;
+  const int most = tiles.count == 1 ? 64 : static_cast<int>(kPieceBytes / block_bytes) / 4 * 4;
+  if (size > most) size = most;
+  if (size < 4) size = 4;
   const int pieces = (blocks + size - 1) / size;
   const int bands = (tiles.count + kBandTiles - 1) / kBandTiles;
   team.each(pieces * bands, [&](int item) {
     const int first = item % pieces * size;
     const int last = first + size < blocks ? first + size : blocks;
     const int band = item / pieces;
-    for (int t = tiles.count * band / bands;
-         t < tiles.count * (band + 1) / bands; ++t) {
+    for (int t = tiles.count * band / bands; t < tiles.count * (band + 1) / bands; ++t) {
       with_tile_rows(filled(tiles.rows(t)), [&]<int kRows>() {
         constexpr int kBlocks = Product::blocks_at_once(kRows);
         int block = first;
-        for (; block + kBlocks <= last; block += kBlocks)
-          product.template tile<kRows, kBlocks>(t, block);
-        for (; block < last; ++block)
-          product.template tile<kRows, 1>(t, block);
+        for (; block + kBlocks <= last; block += kBlocks) product.template tile<kRows, kBlocks>(t, block);
+        for (; block < last; ++block) product.template tile<kRows, 1>(t, block);
       });
     }
   });
@@ -174,24 +149,20 @@ void each_tile_of(const Product &product, const Tiles &tiles, int n,
 
 // Sums of a tile into y, with the bias.
 template <int kRows, int kBlocks>
-SAGE_INLINE void store_tile(const LinearArgs &a, const Tiles &tiles, int tile,
-                            int block, const V16 (&sums)[kRows][kBlocks]) {
+SAGE_INLINE void store_tile(const LinearArgs& a, const Tiles& tiles, int tile, int block,
+                            const V16 (&sums)[kRows][kBlocks]) {
   const int rows = tiles.rows(tile);
-  float *y = a.y + tile * tiles.size * a.y_stride;
+  float* y = a.y + tile * tiles.size * a.y_stride;
 #pragma GCC unroll 4
   for (int b = 0; b < kBlocks; ++b) {
     const int column = (block + b) * kLanes;
-    const int width =
-        a.weight->n - column < kLanes ? a.weight->n - column : kLanes;
-    const V16 bias =
-        a.bias == nullptr ? set1(0.0f) : load_n(a.bias + column, width);
+    const int width = a.weight->n - column < kLanes ? a.weight->n - column : kLanes;
+    const V16 bias = a.bias == nullptr ? set1(0.0f) : load_n(a.bias + column, width);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      if (r < rows)
-        store_n(y + r * a.y_stride + column,
-                a.bias == nullptr ? sums[r][b] : sums[r][b] + bias, width);
+      if (r < rows) store_n(y + r * a.y_stride + column, a.bias == nullptr ? sums[r][b] : sums[r][b] + bias, width);
     }
   }
 }
 
-} // namespace sage::SAGE_ISA
+}  // namespace sage::SAGE_ISA

@@ -6,6 +6,8 @@ everything else (transfer, tools, tests) asks a provider for single accounted bl
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,7 +53,17 @@ def allocate_kv_cache(layout: KVLayout, num_blocks: int, device: torch.device) -
     if num_blocks < 1:
         raise InvalidArgumentError(f"num_blocks must be at least 1, got {num_blocks}", field="num_blocks")
     shape = layout.layer_shape(num_blocks)
-    return [torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(layout.num_layers)]
+    return [_zeros(shape, layout.dtype, device) for _ in range(layout.num_layers)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU they are fresh pages that the system fills when they are first used.
+
+    Writing gigabytes of zeros would take seconds of every start, and most requests never touch most of a cache.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 class KVBlockAllocator:

@@ -19,7 +19,7 @@ _FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def format_name(dtype: torch.dtype, bits: int = 0, group_size: int = 0, *, minima: bool = False) -> str:
-    """How a weight is stored: "bf16", or "int8", "int4/g32", "int4/g32+min" (`bits`, groups of `group_size` or rows)."""
+    """How a weight is stored: "bf16", or "int8", "int4/g32", "int4/g32+min" (group size 0: one scale a row)."""
     if not bits:
         return _FLOATS.get(dtype, str(dtype).removeprefix("torch."))
     return f"int{bits}" + (f"/g{group_size}" if group_size else "") + ("+min" if minima else "")

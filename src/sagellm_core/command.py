@@ -25,7 +25,7 @@ _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
 # Importing torch makes some 160,000 objects that live as long as the process. The usual threshold of 700 looks through
 # them hundreds of times.
-_GC_THRESHOLD = 100_000
+_GC_THRESHOLD = 20_000
 
 
 def run_app(app: typer.Typer) -> NoReturn:

@@ -233,4 +233,4 @@ def test_the_probed_plan_holds_for_shapes_it_was_not_probed_with(threads: int) -
 
 def test_the_packed_weight_says_what_it_is() -> None:
     packed = ReferencePackedLinear(torch.zeros(3, 5))
-    assert repr(packed) == "ReferencePackedLinear(in=5, out=3, dtype=torch.float32)"
+    assert repr(packed) == "ReferencePackedLinear(in=5, out=3, format=f32)"

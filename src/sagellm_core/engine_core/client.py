@@ -1,7 +1,9 @@
 """The engine core in a thread of its own, with asyncio in front.
 
 The loop thread loads the model and steps it; kernels release the GIL, so event loops go on meanwhile. Messages
-go in through one queue; the outputs of a step go back with one call per event loop.
+go in through one queue; the outputs of a step go back with one call per event loop, made by a courier thread: waking an
+event loop lets go of the GIL, and the loop thread would stand in line behind the event loop's work instead of starting
+the next step. So the courier's turn comes when the next step's kernels run.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ class EngineCoreClient:
         self._started: Future[None] = Future()
         self._failure: SageLLMError | None = None
         self._stopping = False
+        self._outbox: queue.SimpleQueue[list[EngineCoreOutput] | None] = queue.SimpleQueue()
+        self._courier = threading.Thread(target=self._carry, name=f"engine-outputs-{name}", daemon=True)
         self._thread = threading.Thread(target=self._run, name=f"engine-core-{name}", daemon=True)
 
     # ---- asyncio side ---------------------------------------------------------------------------------
@@ -143,6 +147,7 @@ class EngineCoreClient:
             self._started.set_exception(error)
             return
         self._started.set_result(None)
+        self._courier.start()
         try:
             self._loop(core)
         except Exception as error:
@@ -153,17 +158,14 @@ class EngineCoreClient:
 
     def _loop(self, core: EngineCore) -> None:
         while True:
-            outputs: list[EngineCoreOutput] = []
             while not self._inbox.empty() or not core.has_work:
                 message = self._inbox.get()
                 if isinstance(message, _Stop):
-                    self._deliver(outputs)
                     return
-                outputs += self._handle(core, message)
+                outputs = self._handle(core, message)
                 if outputs:
-                    self._deliver(outputs)
-                    outputs = []
-            self._deliver(core.step())
+                    self._outbox.put(outputs)
+            self._outbox.put(core.step())
 
     def _handle(self, core: EngineCore, message: _Add | _Abort | _Call) -> list[EngineCoreOutput]:
         if isinstance(message, _Add):
@@ -180,6 +182,11 @@ class EngineCoreClient:
             except Exception as error:
                 message.future.set_exception(error)
         return []
+
+    def _carry(self) -> None:
+        """The courier: hand over what the loop thread puts down, in order, until it puts down None."""
+        while (outputs := self._outbox.get()) is not None:
+            self._deliver(outputs)
 
     def _deliver(self, outputs: list[EngineCoreOutput]) -> None:
         """One wake-up per event loop and step, however many requests it serves."""
@@ -200,12 +207,14 @@ class EngineCoreClient:
         """Nobody may wait for an output that never comes: end every request, refuse what is still queued."""
         error = self._failure or UnavailableError("the engine was stopped")
         reason = FinishReason.ABORT if self._failure is None else FinishReason.ERROR
-        self._deliver(
+        self._outbox.put(
             [
                 EngineCoreOutput(request_id, finish_reason=reason, error=error.to_error())
                 for request_id in list(self._consumers)
             ]
         )
+        self._outbox.put(None)
+        self._courier.join()
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, _Call) and message.future.set_running_or_notify_cancel():
