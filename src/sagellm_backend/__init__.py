@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sagellm_backend.providers.haiguang import HaiguangBackendProvider
     from sagellm_backend.providers.kunlun import KunlunBackendProvider
     from sagellm_backend.providers.mock import MockBackendProvider
-    from sagellm_backend.quantized import QuantizedTensor
+    from sagellm_backend.quantized import QuantizedTensor, join_rows
     from sagellm_backend.registry import get_provider, list_kinds
     from sagellm_backend.streams import Event, Stream
     from sagellm_protocol import CapabilityDescriptor, DType, KernelKind, KVBlock
@@ -46,7 +46,7 @@ else:
             ".providers.kunlun": ("KunlunBackendProvider",),
             ".providers.mock": ("MockBackendProvider",),
             ".registry": ("get_provider", "list_kinds"),
-            ".quantized": ("QuantizedTensor",),
+            ".quantized": ("QuantizedTensor", "join_rows"),
             ".streams": ("Event", "Stream"),
             "sagellm_protocol": ("CapabilityDescriptor", "DType", "KernelKind", "KVBlock"),
         },
@@ -79,6 +79,7 @@ __all__ = [
     "StepWants",
     "Stream",
     "get_provider",
+    "join_rows",
     "list_kinds",
     "register_op",
 ]

@@ -7,7 +7,9 @@ Q6_K: symmetric groups of 16).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,3 +76,36 @@ class QuantizedTensor:
         columns = torch.arange(self.shape[1], device=self.codes.device) // self.group_size
         values = (self.codes.float() - self.offset) * self.scales.float()[:, columns]
         return values if self.mins is None else values - self.mins.float()[:, columns]
+
+    def map_rows(self, convert: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        """The same matrix with its rows in the order that `convert` gives to the rows of any tensor."""
+        mins = None if self.mins is None else convert(self.mins)
+        return replace(self, codes=convert(self.codes), scales=convert(self.scales), mins=mins)
+
+    def widened(self, bits: int, group_size: int, *, minima: bool) -> QuantizedTensor:
+        """The same values in a format that can hold them: as many or more bits, groups that divide its own, minima."""
+        repeats = self.group_size // group_size if group_size < self.group_size else 1
+        groups = -(-self.shape[1] // group_size)
+        scales = self.scales.repeat_interleave(repeats, 1)[:, :groups]
+        if minima:
+            mins = self.offset * self.scales if self.mins is None else self.mins
+            return QuantizedTensor(self.codes, scales, mins.repeat_interleave(repeats, 1)[:, :groups], bits, group_size)
+        shift = (1 << (bits - 1)) - self.offset
+        return QuantizedTensor(self.codes + shift, scales, None, bits, group_size)
+
+
+def join_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """The rows of several matrices of one width K in one: in their own format if it is the same, else in the narrowest
+    that holds all of them, without a change of any value (GGUF files mix formats within a layer)."""
+    first = parts[0]
+    if any((p.bits, p.group_size, p.mins is None) != (first.bits, first.group_size, first.mins is None) for p in parts):
+        bits = max(part.bits for part in parts)
+        group_size = math.gcd(*(part.group_size for part in parts))
+        if bits == 5 and group_size % 32:
+            bits = 6  # the kernels read five bits in groups of 32 only
+        minima = any(part.mins is not None for part in parts)
+        parts = [part.widened(bits, group_size, minima=minima) for part in parts]
+        first = parts[0]
+    mins = None if first.mins is None else torch.cat([part.mins for part in parts if part.mins is not None])
+    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+    return QuantizedTensor(codes, scales, mins, first.bits, first.group_size)

@@ -1,7 +1,7 @@
 """Smaller weights, smaller caches, fewer steps.
 
-So far: `fusion`, exact rewrites of weights held in memory. No quantisation, sparsity or speculative decoding is
-offered yet; models run in the dtype of their checkpoint.
+`quantization` turns weights into whole numbers of 8 or 4 bits; `fusion` holds exact rewrites of weights in memory. No
+sparsity or speculative decoding is offered yet.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from sagellm_protocol.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from sagellm_compression.fusion import fold_norm_offset, fuse_rows, ungroup_heads
+    from sagellm_compression.quantization import METHODS, get_quant_method
+    from sagellm_compression.quantization.base import QuantMethod
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             ".fusion": ("fold_norm_offset", "fuse_rows", "ungroup_heads"),
+            ".quantization": ("METHODS", "get_quant_method"),
+            ".quantization.base": ("QuantMethod",),
         },
     )
 
-__all__ = ["fold_norm_offset", "fuse_rows", "ungroup_heads"]
+__all__ = ["METHODS", "QuantMethod", "fold_norm_offset", "fuse_rows", "get_quant_method", "ungroup_heads"]

@@ -5,8 +5,6 @@ Shared by `sage-llm`, `sage-engine` and `sage-gateway`. Imports nothing heavy, s
 
 from __future__ import annotations
 
-import atexit
-import gc
 import logging
 import sys
 import traceback
@@ -23,10 +21,6 @@ EXIT_INTERRUPTED = 130
 # The base of what typer raises for wrong options, whether it brings its own copy of click or uses the real one.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
-# Importing torch makes some 160,000 objects that live as long as the process. The usual threshold of 700 looks through
-# them hundreds of times.
-_GC_THRESHOLD = 20_000
-
 
 def run_app(app: typer.Typer) -> NoReturn:
     """Run the command line of this process and exit with its status; `--debug` counts wherever it stands."""
@@ -34,9 +28,6 @@ def run_app(app: typer.Typer) -> NoReturn:
     debug = len(arguments) < len(sys.argv) - 1
     if debug:
         logging.basicConfig(level=logging.DEBUG)
-    gc.set_threshold(_GC_THRESHOLD)
-    # At the end Python would search those objects for cycles once more, which takes a third of a second.
-    atexit.register(gc.freeze)
     try:
         status = app(args=arguments, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from sagellm_compression.quantization import METHODS
 from sagellm_protocol import InvalidArgumentError, NotFoundError, SamplingParams, parse
 from sagellm_protocol.model import EdgeModel
 
@@ -46,6 +47,11 @@ class LLMEngineConfig(ConfigModel):
     max_model_len: int = Field(default=4096, ge=2, description="prompt + output tokens of one request")
     max_new_tokens: int = Field(default=128, ge=1, description="output tokens where a request names no max_tokens")
     dtype: str = Field(default="auto", description="dtype of the weights: auto (the checkpoint's), fp32, fp16, bf16")
+    quantization: str = Field(
+        default="none",
+        description="weights in whole numbers, made at load: none, int8 (a scale a row), int4 (groups of 32), "
+        "int4-g64, int4-g128, int4-asym (with minima)",
+    )
     trust_remote_code: bool = False
     revision: str | None = None
 
@@ -78,6 +84,8 @@ class LLMEngineConfig(ConfigModel):
             raise ValueError(
                 "trust_remote_code runs code from a checkpoint, which this engine never does; leave it off"
             )
+        if self.quantization != "none" and self.quantization not in METHODS:
+            raise ValueError(f"quantization must be none or one of {', '.join(METHODS)}, got {self.quantization!r}")
         if self.tensor_parallel_size * self.pipeline_parallel_size > 1:
             raise ValueError(
                 "tensor_parallel_size and pipeline_parallel_size must be 1: this release runs a model on one device; "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cli_process import Cli, run_process
+from cli_process import Cli, environment, run_process
 from sagellm_core.models import resolve_model
 from sagellm_protocol import FinishReason, Response
 
@@ -64,6 +66,54 @@ def test_raw_leaves_the_chat_template_out(cli: Cli) -> None:
     system = json.loads(cli("run", "-p", "The", "-n", "2", "--json", "--system", "Be brief.").out)
     assert raw["usage"]["prompt_tokens"] == 1
     assert chat["usage"]["prompt_tokens"] < system["usage"]["prompt_tokens"]
+
+
+# What other commands are for, what only some models and configurations need, and what torch loads for compilers.
+NOT_FOR_RUN = (
+    *("fastapi", "starlette", "uvicorn", "httpx", "aiohttp", "prometheus_client", "rich", "yaml", "psutil"),
+    *("huggingface_hub", "transformers", "modelscope", "gguf", "torch._dynamo", "torch._inductor", "sympy", "networkx"),
+    *("sagellm_benchmark", "sagellm_control_plane", "sagellm_gateway"),
+    *("sagellm_core.http", "sagellm_core.gguf_tokenizer", "sagellm_core.models.gguf"),
+)
+
+
+def test_an_answer_loads_only_what_it_needs(home: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "torchs = set(sys.modules)\n"
+        f"sys.argv = ['sage-llm', 'run', '-p', {QUESTION!r}, '-n', '2']\n"
+        "from sagellm.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        f"    print(*sorted(set({NOT_FOR_RUN!r}) & (set(sys.modules) - torchs)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(home), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[1:] == [""]
+
+
+def test_native_kernels_need_no_probe_of_the_librarys(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sagellm_backend._native", reason="the native kernels were not built: no C++ compiler")
+    monkeypatch.setattr("sagellm_backend.invariance._probe", None)
+    assert cli("run", "-p", QUESTION, "-n", "2").status == 0
+
+
+@pytest.mark.parametrize("already_there", [False, True])
+def test_the_engines_modules_are_kept_from_the_collector_and_a_callers_objects_are_not(
+    already_there: bool, home: Path
+) -> None:
+    code = (
+        f"import gc{', torch' if already_there else ''}\n"
+        "from sagellm.cli.session import make_engine\n"
+        "make_engine('builtin', None)\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(home), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", str(not already_there)]
 
 
 def corrupt_model(folder: Path, how: str) -> Path:

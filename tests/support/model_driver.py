@@ -68,6 +68,8 @@ class ModelDriver:
             return self.model.compute_logits(hidden)
 
 
-def prompt_logits(model: CausalLM, provider: BackendProvider, token_ids: Sequence[int]) -> Tensor:
-    """Logits [T, vocab] of one prompt of up to 128 tokens, computed in one step."""
-    return ModelDriver(model, provider).logits([(0, token_ids)])
+def prompt_logits(
+    model: CausalLM, provider: BackendProvider, token_ids: Sequence[int], *, blocks_per_request: int = 8
+) -> Tensor:
+    """Logits [T, vocab] of one prompt of up to 16 * blocks_per_request tokens, computed in one step."""
+    return ModelDriver(model, provider, blocks_per_request=blocks_per_request).logits([(0, token_ids)])

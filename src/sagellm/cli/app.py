@@ -24,6 +24,9 @@ Model = Annotated[
     typer.Option("--model", "-m", help="`builtin`, a folder, a .gguf file or a hub id. Default: the configuration's."),
 ]
 Backend = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ascend, kunlun or haiguang.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="Weights in whole numbers: int8, int4, int4-g64, int4-g128 or int4-asym.")
+]
 MaxModelLen = Annotated[int | None, typer.Option(help="Prompt + output tokens of one request.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 System = Annotated[str | None, typer.Option(help="System message for chat models.")]
@@ -75,6 +78,7 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     system: System = None,
     backend: Backend = None,
+    quantization: Quantization = None,
     max_model_len: MaxModelLen = None,
     json: Json = False,
 ) -> None:
@@ -95,7 +99,8 @@ def run(
         "strategy": strategy,
         "num_beams": num_beams,
     }
-    run_prompt(prompt, model, backend, max_model_len, preset, given, raw=raw, system=system, as_json=json)
+    options = {"quantization": quantization, "max_model_len": max_model_len}
+    run_prompt(prompt, model, backend, options, preset, given, raw=raw, system=system, as_json=json)
 
 
 @app.command()
@@ -109,6 +114,7 @@ def chat(
     top_k: TopK = None,
     seed: Seed = None,
     backend: Backend = None,
+    quantization: Quantization = None,
     max_model_len: MaxModelLen = None,
 ) -> None:
     """Talk with a model.
@@ -118,7 +124,8 @@ def chat(
     from sagellm.cli.chat import chat_loop
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    chat_loop(model, backend, max_model_len, preset, given, system=system)
+    options = {"quantization": quantization, "max_model_len": max_model_len}
+    chat_loop(model, backend, options, preset, given, system=system)
 
 
 @app.command()
@@ -128,13 +135,15 @@ def serve(
     port: Port = 8000,
     engine_only: Annotated[bool, typer.Option("--engine-only", help="One engine without the gateway.")] = False,
     backend: Backend = None,
+    quantization: Quantization = None,
     max_model_len: MaxModelLen = None,
     max_batch_size: Annotated[int | None, typer.Option(help="Requests that run at the same time.")] = None,
 ) -> None:
     """Serve a model over the OpenAI API."""
     from sagellm.cli.serve import serve_model
 
-    serve_model(model, backend, max_model_len, max_batch_size, host=host, port=port, engine_only=engine_only)
+    options = {"quantization": quantization, "max_model_len": max_model_len, "max_batch_size": max_batch_size}
+    serve_model(model, backend, options, host=host, port=port, engine_only=engine_only)
 
 
 @app.command()
@@ -145,7 +154,7 @@ def gateway(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """
     from sagellm.cli.serve import serve_model
 
-    serve_model(None, None, None, None, host=host, port=port, engine_only=False)
+    serve_model(None, None, {}, host=host, port=port, engine_only=False)
 
 
 @app.command()

@@ -24,7 +24,7 @@ _HELP = "/clear forgets the conversation, /help shows this, /exit or Ctrl-D leav
 def chat_loop(
     model: str | None,
     backend: str | None,
-    max_model_len: int | None,
+    options: dict[str, Any],
     preset: str | None,
     given: dict[str, Any],
     *,
@@ -32,7 +32,7 @@ def chat_loop(
 ) -> None:
     """Read, answer, repeat; see `sage-llm chat --help`."""
     sampling = sampling_from_flags(preset, given)
-    engine = make_engine(model, backend, max_model_len=max_model_len)
+    engine = make_engine(model, backend, **options)
     with suppress(ImportError):
         import readline  # noqa: F401  # gives input() line editing and history
     with _event_loop() as loop:

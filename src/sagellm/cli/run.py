@@ -18,7 +18,7 @@ def run_prompt(
     prompt: str | None,
     model: str | None,
     backend: str | None,
-    max_model_len: int | None,
+    options: dict[str, Any],
     preset: str | None,
     given: dict[str, Any],
     *,
@@ -32,7 +32,7 @@ def run_prompt(
         raise InvalidArgumentError("--system needs the chat template, which --raw leaves out; drop one of them")
     text = _read_stdin() if prompt is None else prompt
     messages = to_messages(text, system)
-    engine = make_engine(model, backend, max_model_len=max_model_len)
+    engine = make_engine(model, backend, **options)
     source: dict[str, Any] = {"prompt_or_request": text} if raw else {"messages": messages}
     asyncio.run(_answer(engine, source, sampling, as_json=as_json))
 

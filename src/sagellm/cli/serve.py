@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sagellm.cli.session import make_engine, print_quietly
 
 
 def serve_model(
     model: str | None,
     backend: str | None,
-    max_model_len: int | None,
-    max_batch_size: int | None,
+    options: dict[str, Any],
     *,
     host: str,
     port: int,
     engine_only: bool,
 ) -> None:
     """Load the model and serve it until Ctrl-C or SIGTERM."""
-    engine = make_engine(model, backend, max_model_len=max_model_len, max_batch_size=max_batch_size)
+    engine = make_engine(model, backend, **options)
     name = engine.config.model_path
     from sagellm_control_plane import ControlPlaneManager
     from sagellm_core.engine_server import create_engine_app

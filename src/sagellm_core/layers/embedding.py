@@ -10,20 +10,23 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sagellm_backend import OpTable
+    from sagellm_backend import OpTable, PackedLinear
 
 __all__ = ["Embedding", "LMHead"]
 
 
 class Embedding:
-    """Rows of the embedding table, scaled, plus rows of the position table where the model learned one."""
+    """Rows of the embedding table, scaled, plus rows of the position table where the model learned one.
 
-    __slots__ = ("_dtype", "_embedding", "_positions", "_scale", "weight")
+    The table is a tensor [V, H] or the packed LM head of a model that uses one matrix for both.
+    """
+
+    __slots__ = ("_dtype", "_embedding", "_positions", "_scale", "_table")
 
     def __init__(
-        self, ops: OpTable, weight: Tensor, positions: Tensor | None, scale: float, dtype: torch.dtype
+        self, ops: OpTable, table: Tensor | PackedLinear, positions: Tensor | None, scale: float, dtype: torch.dtype
     ) -> None:
-        self.weight = weight
+        self._table = table
         self._embedding = ops.embedding
         self._positions = positions
         self._scale = scale
@@ -31,7 +34,7 @@ class Embedding:
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids [T], positions [T] -> [T, H] in the compute dtype, a tensor of its own."""
-        x = self._embedding(input_ids, self.weight, self._dtype)
+        x = self._embedding(input_ids, self._table, self._dtype)
         if self._scale != 1.0:
             x = x * self._scale
         if self._positions is not None:

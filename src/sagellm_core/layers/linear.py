@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sagellm_backend import OpTable
+    from sagellm_backend import OpTable, PackedLinear
 
 __all__ = ["Linear"]
 
@@ -21,9 +21,9 @@ class Linear:
 
     __slots__ = ("_bias", "_linear", "_packed")
 
-    def __init__(self, ops: OpTable, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, ops: OpTable, packed: PackedLinear, bias: Tensor | None = None) -> None:
         self._linear = ops.linear
-        self._packed = ops.pack_linear(weight)
+        self._packed = packed
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:

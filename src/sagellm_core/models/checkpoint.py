@@ -19,6 +19,8 @@ from sagellm_protocol.errors import InvalidArgumentError, NotFoundError, Unsuppo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sagellm_backend import QuantizedTensor
+
 __all__ = ["SafetensorsCheckpoint", "TensorInfo", "TensorSource", "read_bytes", "read_json", "safetensors_files"]
 
 _SINGLE = "model.safetensors"
@@ -56,6 +58,9 @@ class TensorSource(Protocol):
         `into` offers contiguous memory of the tensor's shape; it is filled and returned if it has that dtype.
         """
 
+    def read_quantized(self, name: str) -> QuantizedTensor | None:
+        """The matrix `name` in whole numbers, if it is stored in a form that kernels read as it is."""
+
 
 class SafetensorsCheckpoint:
     """A model folder's safetensors files as one `TensorSource`."""
@@ -82,6 +87,11 @@ class SafetensorsCheckpoint:
         target = into if into is not None and into.dtype == dtype else torch.empty(info.shape, dtype=dtype)
         read_bytes(info.file, info.offset, target)
         return target
+
+    def read_quantized(self, name: str) -> QuantizedTensor | None:
+        """None: these files hold floats."""
+        del name
+        return None
 
 
 def read_bytes(file: Path, offset: int, target: Tensor) -> None:

@@ -6,8 +6,10 @@ the one to the other and normalises in a single op. Everything a step needs come
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from sagellm_backend.ops import PackedLinear
 from sagellm_core.layers.attention import Attention
 from sagellm_core.layers.embedding import Embedding, LMHead
 from sagellm_core.layers.linear import Linear
@@ -100,11 +102,13 @@ class CausalLM:
         self.max_model_len = max_model_len
         self.weight_dtype: torch.dtype = reader.weight_dtype
         build = _Builder(spec, reader, ops, max_model_len)
-        self._embedding = build.embedding()
+        table = build.embedding_table()
+        self._embedding = build.embedding(table)
         self._layers = [build.layer(index, layer) for index, layer in enumerate(spec.layers)]
         self._final_norm = build.norm("final_norm")
-        self._lm_head = build.lm_head(self._embedding)
+        self._lm_head = build.lm_head(table)
         self.weight_bytes = build.weight_bytes
+        self.weight_formats = dict(build.weight_formats)
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv_caches: list[Tensor], meta: AttentionMetadata) -> Tensor:
         """Run one step.
@@ -129,22 +133,28 @@ class _Builder:
 
     def __init__(self, spec: DecoderSpec, reader: ParameterReader, ops: OpTable, max_model_len: int) -> None:
         self.weight_bytes = 0
+        self.weight_formats: Counter[str] = Counter()
         self._spec = spec
         self._reader = reader
         self._ops = ops
         self._max_model_len = max_model_len
         self._rotaries: dict[RopeSpec, RotaryEmbedding] = {}
 
-    def embedding(self) -> Embedding:
-        reader, spec = self._reader, self._spec
-        positions = self._weight("positions.weight") if spec.learned_positions else None
-        weight = self._weight("embedding.weight")
-        return Embedding(self._ops, weight, positions, spec.embedding_scale, reader.compute_dtype)
+    def embedding_table(self) -> Tensor | PackedLinear:
+        """The rows of tokens: packed where they are the LM head too, so that they lie in memory once."""
+        if self._spec.tie_word_embeddings:
+            return self._packed("embedding.weight")
+        return self._table("embedding.weight")
 
-    def lm_head(self, embedding: Embedding) -> LMHead:
+    def embedding(self, table: Tensor | PackedLinear) -> Embedding:
         spec = self._spec
-        weight = embedding.weight if spec.tie_word_embeddings else self._weight("lm_head.weight")
-        linear = Linear(self._ops, weight, self._reader.bias("lm_head.bias"))
+        positions = self._table("positions.weight") if spec.learned_positions else None
+        return Embedding(self._ops, table, positions, spec.embedding_scale, self._reader.compute_dtype)
+
+    def lm_head(self, table: Tensor | PackedLinear) -> LMHead:
+        spec = self._spec
+        packed = table if isinstance(table, PackedLinear) else self._packed("lm_head.weight")
+        linear = Linear(self._ops, packed, self._reader.bias("lm_head.bias"))
         return LMHead(self._ops, linear, spec.logit_scale, spec.logit_soft_cap)
 
     def layer(self, index: int, layer: LayerSpec) -> DecoderLayer | ParallelLayer:
@@ -193,10 +203,12 @@ class _Builder:
         mlp, ops = layer.mlp, self._ops
         if isinstance(mlp, MoESpec):
             gate_up, down = (
-                [ops.pack_linear(self._weight(f"{key}experts.{e}.{name}.weight")) for e in range(mlp.num_experts)]
+                [self._packed(f"{key}experts.{e}.{name}.weight") for e in range(mlp.num_experts)]
                 for name in ("gate_up", "down")
             )
-            return MoE(ops, mlp, self._linear(f"{key}router"), gate_up, down)
+            # Rounding the router would send tokens to other experts: it is small and stays as it is.
+            router = Linear(ops, self._count(ops.pack_linear(self._reader.table(f"{key}router.weight"))))
+            return MoE(ops, mlp, router, gate_up, down)
         if mlp.gated:
             return MLP(self._linear(f"{key}gate_up"), gated_activation(ops, mlp.activation), self._linear(f"{key}down"))
         return MLP(self._linear(f"{key}up"), plain_activation(ops, mlp.activation), self._linear(f"{key}down"))
@@ -207,12 +219,20 @@ class _Builder:
         return self._rotaries[spec]
 
     def _linear(self, key: str) -> Linear:
-        return Linear(self._ops, self._weight(f"{key}.weight"), self._reader.bias(f"{key}.bias"))
+        return Linear(self._ops, self._packed(f"{key}.weight"), self._reader.bias(f"{key}.bias"))
 
-    def _weight(self, key: str) -> Tensor:
-        weight = self._reader.weight(key)
-        self.weight_bytes += weight.nbytes
-        return weight
+    def _packed(self, key: str) -> PackedLinear:
+        return self._count(self._ops.pack_linear(self._reader.weight(key)))
+
+    def _count(self, packed: PackedLinear) -> PackedLinear:
+        self.weight_bytes += packed.nbytes
+        self.weight_formats[packed.format] += 1
+        return packed
+
+    def _table(self, key: str) -> Tensor:
+        table = self._reader.table(key)
+        self.weight_bytes += table.nbytes
+        return table
 
     def _norm_weight(self, key: str) -> Tensor:
         weight = self._reader.norm(key)

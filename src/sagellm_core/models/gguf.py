@@ -26,6 +26,8 @@ from .weights import WeightNames
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sagellm_backend import QuantizedTensor
+
 __all__ = ["ARCHITECTURES", "GGUFCheckpoint", "gguf_weight_names", "read_gguf_config"]
 
 ARCHITECTURES: dict[str, str] = {
@@ -88,9 +90,24 @@ class GGUFCheckpoint:
             target = into if into is not None and into.dtype == stored else torch.empty(tensor.shape, dtype=stored)
             read_bytes(self.path, tensor.offset, target)
             return target
+        return _dequantize(self.path, name, self._read_raw(tensor, num_bytes), kind).reshape(tensor.shape)
+
+    def read_quantized(self, name: str) -> QuantizedTensor | None:
+        """See `TensorSource.read_quantized`."""
+        from .gguf_blocks import BLOCK_TYPES, read_blocks
+
+        tensor = self.header.tensors[name]
+        kind, num_bytes = _quantization(self.path, name, tensor)
+        if kind.name not in BLOCK_TYPES or len(tensor.shape) != 2:
+            return None
+        return read_blocks(kind.name, self._read_raw(tensor, num_bytes), (tensor.shape[0], tensor.shape[1]))
+
+    def _read_raw(self, tensor: GGUFTensor, num_bytes: int) -> Tensor:
+        import torch
+
         raw = torch.empty(num_bytes, dtype=torch.uint8)
         read_bytes(self.path, tensor.offset, raw)
-        return _dequantize(self.path, name, raw, kind).reshape(tensor.shape)
+        return raw
 
 
 def read_gguf_config(path: Path) -> ModelConfig:

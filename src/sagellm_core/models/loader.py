@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sagellm_backend import join_rows
+from sagellm_compression.quantization import get_quant_method
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 
 from .checkpoint import SafetensorsCheckpoint, TensorInfo, TensorSource
@@ -25,7 +27,8 @@ from .weights import Parameter, Part, WeightNames, parameter_plan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sagellm_backend import BackendProvider
+    from sagellm_backend import BackendProvider, QuantizedTensor
+    from sagellm_compression.quantization.base import QuantMethod
 
 __all__ = ["ParameterReader", "load_model"]
 
@@ -35,11 +38,13 @@ def load_model(
     *,
     provider: BackendProvider,
     dtype: torch.dtype | None = None,
+    quantization: str = "none",
     max_model_len: int | None = None,
 ) -> CausalLM:
     """Load the model at `path` (a folder with config.json and safetensors, or a `.gguf` file) onto a provider's device.
 
-    `dtype` is that of the weights (None: the checkpoint's); activations take the provider's compute dtype.
+    `dtype` is that of the weights (None: the checkpoint's, whole numbers of a GGUF file among them); activations take
+    the provider's compute dtype. `quantization` names the method that linear layers and tied embeddings go through.
     `max_model_len` bounds the positions that tables are made for (None: all that the model can reach).
 
     Raises `NotFoundError` for missing files, `InvalidArgumentError` for corrupt or mismatched ones, `UnsupportedError`
@@ -53,6 +58,7 @@ def load_model(
             field="max_model_len",
         )
     source, names = _open(config)
+    method = None if quantization == "none" else get_quant_method(quantization)
     reader = ParameterReader(
         parameter_plan(config.spec, names),
         source,
@@ -60,6 +66,8 @@ def load_model(
         weight_dtype=dtype or config.torch_dtype,
         compute_dtype=provider.compute_dtype(dtype or config.torch_dtype),
         device=provider.device,
+        method=method,
+        keep_quantized=dtype is None and method is None,
     )
     return CausalLM(config.spec, reader, provider.ops, max_model_len=max_model_len or limit)
 
@@ -76,7 +84,8 @@ def _open(config: ModelConfig) -> tuple[TensorSource, WeightNames]:
 class ParameterReader:
     """Hands out the decoder's parameters by key, each read when it is asked for.
 
-    Linear weights come in `weight_dtype`, biases in `compute_dtype`, norm weights in float32.
+    Linear weights come in `weight_dtype` or, where there is a `method` to quantize them or the file holds them so
+    (`keep_quantized`), in whole numbers; tables in `weight_dtype`, biases in `compute_dtype`, norms in float32.
     """
 
     def __init__(
@@ -88,10 +97,14 @@ class ParameterReader:
         weight_dtype: torch.dtype,
         compute_dtype: torch.dtype,
         device: torch.device,
+        method: QuantMethod | None = None,
+        keep_quantized: bool = False,
     ) -> None:
         self.weight_dtype = weight_dtype
         self.compute_dtype = compute_dtype
         self.device = device
+        self._method = method
+        self._keep_quantized = keep_quantized
         self._plan = plan
         self._source = source
         self._norm_offset = names.norm_offset
@@ -100,8 +113,15 @@ class ParameterReader:
             self._stored_names.pop(f"{names.lm_head}.weight", None)  # a stored copy of the tied embedding
         self._check()
 
-    def weight(self, key: str) -> Tensor:
-        """A matrix in the weight dtype."""
+    def weight(self, key: str) -> Tensor | QuantizedTensor:
+        """The matrix of a linear layer."""
+        if self._method is not None:
+            return self._method.quantize(self._read(key, self.weight_dtype))
+        stored = self._read_quantized(key) if self._keep_quantized else None
+        return self._read(key, self.weight_dtype) if stored is None else stored
+
+    def table(self, key: str) -> Tensor:
+        """A matrix in the weight dtype: rows to be looked up, or what must not be rounded."""
         return self._read(key, self.weight_dtype)
 
     def bias(self, key: str) -> Tensor | None:
@@ -121,6 +141,16 @@ class ParameterReader:
         for rows, part in zip(joined.split_with_sizes(num_rows), parts, strict=True):
             self._read_part(part, rows)
         return joined
+
+    def _read_quantized(self, key: str) -> QuantizedTensor | None:
+        """The parts of a parameter as whole numbers, joined; None unless the file holds all of them so."""
+        found: list[QuantizedTensor] = []
+        for part in self._plan[key].parts:
+            stored = self._source.read_quantized(self._stored_names[part.name])
+            if stored is None or part.transposed:
+                return None
+            found.append(stored if part.convert is None else stored.map_rows(part.convert))
+        return join_rows(found)
 
     def _read_part(self, part: Part, target: Tensor) -> None:
         into = target if part.is_plain and target.device.type == "cpu" else None

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from sagellm_backend import BackendProvider, KVLayout
+from sagellm_compression.quantization import get_quant_method
 from sagellm_core.config import LLMEngineConfig
 from sagellm_core.engine_core.output import ModelRunnerOutput, SchedulerOutput
 from sagellm_core.executor.base import KVCacheCapacity
@@ -37,7 +38,11 @@ class Worker:
         dtype = None if self.config.dtype == "auto" else to_torch_dtype(DType.parse(self.config.dtype))
         self._check_weights_fit(dtype)
         self._model = load_model(
-            self.model_config.path, provider=self.provider, dtype=dtype, max_model_len=self.config.max_model_len
+            self.model_config.path,
+            provider=self.provider,
+            dtype=dtype,
+            quantization=self.config.quantization,
+            max_model_len=self.config.max_model_len,
         )
 
     def allocate_kv_cache(self) -> KVCacheCapacity:
@@ -69,6 +74,7 @@ class Worker:
             "device": str(self.provider.device),
             "weight_dtype": str(model.weight_dtype).removeprefix("torch."),
             "weight_bytes": model.weight_bytes,
+            "weight_formats": model.weight_formats,
             "kv_blocks": capacity.num_blocks if capacity else 0,
             "kv_block_size": capacity.block_size if capacity else 0,
             "kv_bytes_per_token": capacity.bytes_per_token if capacity else 0,
@@ -86,8 +92,10 @@ class Worker:
         return self._model
 
     def _check_weights_fit(self, dtype: torch.dtype | None) -> None:
-        itemsize = (dtype or self.model_config.torch_dtype).itemsize
-        needed = self.model_config.spec.num_parameters * itemsize
+        bits = 8.0 * (dtype or self.model_config.torch_dtype).itemsize
+        if self.config.quantization != "none":
+            bits = get_quant_method(self.config.quantization).bits_per_weight
+        needed = int(self.model_config.spec.num_parameters * bits / 8)
         available = self.provider.memory_info().available_bytes
         if needed > available:
             raise ResourceExhaustedError(

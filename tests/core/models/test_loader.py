@@ -199,5 +199,6 @@ def test_longer_than_the_model(folder: Path, provider: BackendProvider) -> None:
 def test_weight_bytes_count_every_parameter(folder: Path, provider: BackendProvider) -> None:
     stored = load_file(folder / WEIGHTS)
     model = load_model(folder, provider=provider)
-    assert model.weight_bytes == sum(tensor.nbytes for tensor in stored.values())
+    num_bytes = sum(tensor.nbytes for tensor in stored.values())
+    assert num_bytes <= model.weight_bytes < 1.01 * num_bytes  # packing rounds rows up to sixteen
     assert model.max_model_len == 256

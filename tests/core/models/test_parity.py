@@ -50,7 +50,7 @@ def test_rows_do_not_depend_on_batch_and_chunks(family: str, tmp_path: Path, pro
     model = load(tmp_path, provider)
     prompts = [make_prompt(23, seed=1), make_prompt(PROMPT_LENGTH, seed=2), make_prompt(11, seed=4)]
     alone = [prompt_logits(model, provider, prompt) for prompt in prompts]
-    driver = ModelDriver(model, provider, num_requests=3, block_size=8)
+    driver = ModelDriver(model, provider, num_requests=3, block_size=32)
     first, second, third = prompts
     # Decodes of one request beside chunks of the others, in steps of different shapes.
     steps = [
