@@ -51,6 +51,10 @@ class PackedLinear:
         self.nbytes = nbytes
         self.format = format
 
+    def to_buffers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Its memory by name, and what else `BackendProvider.restore_packed` needs to make it again (plain JSON)."""
+        raise UnsupportedError(f"{type(self).__name__} cannot be stored")
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(in={self.in_features}, out={self.out_features}, format={self.format})"
 

@@ -19,7 +19,7 @@ import sagellm_backend.reference  # noqa: F401  (registers the ops that every ta
 from sagellm_backend import kv
 from sagellm_backend.attention import AttentionMetadata
 from sagellm_backend.kv import KVBlockAllocator, KVLayout
-from sagellm_backend.ops import OpTable
+from sagellm_backend.ops import OpTable, PackedLinear
 from sagellm_backend.streams import Event, HostEvent, HostStream, Stream
 from sagellm_protocol import CapabilityDescriptor, DType, InvalidArgumentError, KernelKind, KVBlock, UnsupportedError
 
@@ -138,6 +138,19 @@ class BackendProvider(ABC):
             return StepOutput(hidden, compute_logits(hidden[samples]) if len(samples) else None)
 
         return run
+
+    @property
+    def packed_layout(self) -> str | None:
+        """The name of the form that weights are packed in; None where packing is too cheap to be worth keeping."""
+        return None
+
+    def restore_packed(self, buffers: dict[str, Tensor], description: dict[str, Any]) -> PackedLinear:
+        """The packed weight that `PackedLinear.to_buffers` took apart, where `packed_layout` is the same."""
+        raise UnsupportedError(f"backend {self.kind!r} does not keep packed weights")
+
+    def empty_weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a buffer of a packed weight."""
+        return torch.empty(shape, dtype=dtype)
 
     def compile_rows(self, function: RowsFunction, width: int) -> RowsFunction:
         """As `compile_step` for a function of rows: `function(x [R, width]) -> [R, ...]`."""

@@ -52,6 +52,10 @@ class LLMEngineConfig(ConfigModel):
         description="weights in whole numbers, made at load: none, int8 (a scale a row), int4 (groups of 32), "
         "int4-g64, int4-g128, int4-asym (with minima)",
     )
+    packed_cache_dir: Path | None = Field(
+        default=None, description="where quantized weights are kept; None means ~/.cache/sage-llm/packed"
+    )
+    packed_cache_bytes: int = Field(default=20 * 2**30, ge=0, description="most that they may take; 0 keeps none")
     trust_remote_code: bool = False
     revision: str | None = None
 

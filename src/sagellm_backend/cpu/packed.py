@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from sagellm_backend.ops import PackedLinear
 from sagellm_backend.quantized import QuantizedTensor, format_name
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LAYOUT = "cpu-1"
+"""Changes whenever the kernels want packed weights in another order."""
 _INT = 3
 _LANES = 16
 _LONGEST_GROUP = 65536  # 255 * 127 times as much is below 2^31
@@ -45,12 +49,34 @@ class NativePackedLinear(PackedLinear):
             *addresses, n=out_features, k=in_features, format=TYPES.get(dtype, _INT), bits=bits, group=group_size
         )
 
+    def to_buffers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See `PackedLinear.to_buffers`."""
+        description = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bits": self.bits,
+            "group_size": self.group_size,
+        }
+        return self.buffers, description
+
+
+def restore(buffers: dict[str, Tensor], description: dict[str, Any]) -> NativePackedLinear:
+    """What `to_buffers` was asked for."""
+    return NativePackedLinear(
+        buffers,
+        getattr(torch, description["dtype"]),
+        description["in_features"],
+        description["out_features"],
+        description["bits"],
+        description["group_size"],
+    )
+
 
 def pack(weight: Tensor, isa: int) -> NativePackedLinear:
     """A float matrix [N, K], rows contiguous, in its own dtype."""
     n, k = weight.shape
-    pair = 2 if weight.dtype is torch.bfloat16 else 1
-    data = torch.empty(-(-n // _LANES), -(-k // pair), _LANES, pair, dtype=weight.dtype)
+    data = torch.empty(-(-n // _LANES), -(-k // _LANES) * _LANES, _LANES, dtype=weight.dtype)
     packed = NativePackedLinear({"data": data}, weight.dtype, k, n)
     _native.pack(
         isa, weight.data_ptr(), data.data_ptr(), weight.stride(0), n, k, TYPES[weight.dtype], torch.get_num_threads()

@@ -9,9 +9,10 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from sagellm_backend.cpu.topology import read_memory, read_topology
-from sagellm_backend.ops import OpTable
+from sagellm_backend.ops import OpTable, PackedLinear
 from sagellm_backend.provider import (
     DEFAULT_KV_ELEMENTS_PER_TOKEN,
     TABLE_KERNELS,
@@ -92,11 +93,29 @@ class CPUBackendProvider(BackendProvider):
         """A program where every op of the function has a kernel, else the function itself."""
         return self._compiled(function, lambda programs, isa: programs.record_rows(isa, function, width))
 
+    @property
+    def packed_layout(self) -> str | None:
+        """That of the kernels, where they are used."""
+        return None if self._is_reference else str(self._module("packed").LAYOUT)
+
+    def restore_packed(self, buffers: dict[str, Tensor], description: dict[str, Any]) -> PackedLinear:
+        """See `BackendProvider.restore_packed`."""
+        restored: PackedLinear = self._module("packed").restore(buffers, description)
+        return restored
+
+    @property
+    def _is_reference(self) -> bool:
+        return self.ops.explain()["linear"] == "reference"
+
+    def _module(self, name: str) -> Any:
+        """A module that needs the compiled kernels."""
+        return importlib.import_module(f"sagellm_backend.cpu.{name}")
+
     def _compiled(self, function: _Function, record: Callable[[Any, int], _Function]) -> _Function:
-        if self.ops.explain()["linear"] == "reference":
+        if self._is_reference:
             return function
-        programs = importlib.import_module("sagellm_backend.cpu.step_program")
-        isa = importlib.import_module("sagellm_backend.cpu.native").FASTEST.isa
+        programs = self._module("step_program")
+        isa = self._module("native").FASTEST.isa
         try:
             return record(programs, isa)
         except programs.NotRecordableError as error:

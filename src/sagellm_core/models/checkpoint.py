@@ -21,12 +21,20 @@ if TYPE_CHECKING:
 
     from sagellm_backend import QuantizedTensor
 
-__all__ = ["SafetensorsCheckpoint", "TensorInfo", "TensorSource", "read_bytes", "read_json", "safetensors_files"]
+__all__ = [
+    "SafetensorsCheckpoint",
+    "TensorInfo",
+    "TensorSource",
+    "read_bytes",
+    "read_json",
+    "read_safetensors_header",
+    "safetensors_files",
+]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
 
 
@@ -69,20 +77,20 @@ class SafetensorsCheckpoint:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         for file in safetensors_files(path):
-            self.tensors.update(_read_header(file))
+            self.tensors.update(read_safetensors_header(file)[0])
 
     def read(self, name: str, into: Tensor | None = None) -> Tensor:
         """See `TensorSource.read`."""
         import torch
 
         info = self.tensors[name]
-        if info.dtype not in _ITEM_BYTES:
+        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        if info.dtype not in dtypes:
             raise UnsupportedError(
                 f"{info.file}: {name} is stored as {info.dtype}, which is not supported; "
                 "use a checkpoint in float32, float16 or bfloat16",
                 field="dtype",
             )
-        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         dtype = dtypes[info.dtype]
         target = into if into is not None and into.dtype == dtype else torch.empty(info.shape, dtype=dtype)
         read_bytes(info.file, info.offset, target)
@@ -156,8 +164,8 @@ def _indexed_files(path: Path) -> list[Path]:
     return files
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of a safetensors file; checks that the file is as long as they need."""
+def read_safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; checks that the file is as long as they need."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
         size = int.from_bytes(prefix, "little")
@@ -168,7 +176,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         raise _corrupt(file, "it ends within its header")
     try:
         entries = json.loads(header)
-        entries.pop("__metadata__", None)
+        metadata = dict(entries.pop("__metadata__", None) or {})
         start = len(prefix) + size
         spans = {name: tuple(int(offset) for offset in entry["data_offsets"]) for name, entry in entries.items()}
         infos = {
@@ -186,7 +194,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     actual = file.stat().st_size
     if actual < expected:
         raise _corrupt(file, f"it is truncated: {actual:,} bytes of {expected:,}")
-    return infos
+    return infos, metadata
 
 
 def _corrupt(file: Path, problem: str) -> InvalidArgumentError:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sagellm_backend import AttentionMetadata, OpTable
 
     from .loader import ParameterReader
+    from .packed_cache import PackedCache
 
 __all__ = ["CausalLM", "DecoderLayer", "ParallelLayer"]
 
@@ -97,11 +98,19 @@ class ParallelLayer:
 class CausalLM:
     """A loaded model: token ids and positions in, hidden states and logits out."""
 
-    def __init__(self, spec: DecoderSpec, reader: ParameterReader, ops: OpTable, *, max_model_len: int) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        reader: ParameterReader,
+        ops: OpTable,
+        *,
+        max_model_len: int,
+        cache: PackedCache | None = None,
+    ) -> None:
         self.spec = spec
         self.max_model_len = max_model_len
         self.weight_dtype: torch.dtype = reader.weight_dtype
-        build = _Builder(spec, reader, ops, max_model_len)
+        build = _Builder(spec, reader, ops, max_model_len, cache)
         table = build.embedding_table()
         self._embedding = build.embedding(table)
         self._layers = [build.layer(index, layer) for index, layer in enumerate(spec.layers)]
@@ -131,13 +140,16 @@ class CausalLM:
 class _Builder:
     """Makes layers out of parameters, counting the bytes of the weights on the way."""
 
-    def __init__(self, spec: DecoderSpec, reader: ParameterReader, ops: OpTable, max_model_len: int) -> None:
+    def __init__(
+        self, spec: DecoderSpec, reader: ParameterReader, ops: OpTable, max_model_len: int, cache: PackedCache | None
+    ) -> None:
         self.weight_bytes = 0
         self.weight_formats: Counter[str] = Counter()
         self._spec = spec
         self._reader = reader
         self._ops = ops
         self._max_model_len = max_model_len
+        self._cache = cache
         self._rotaries: dict[RopeSpec, RotaryEmbedding] = {}
 
     def embedding_table(self) -> Tensor | PackedLinear:
@@ -222,7 +234,12 @@ class _Builder:
         return Linear(self._ops, self._packed(f"{key}.weight"), self._reader.bias(f"{key}.bias"))
 
     def _packed(self, key: str) -> PackedLinear:
-        return self._count(self._ops.pack_linear(self._reader.weight(key)))
+        packed = None if self._cache is None else self._cache.get(key)
+        if packed is None:
+            packed = self._ops.pack_linear(self._reader.weight(key))
+            if self._cache is not None:
+                self._cache.add(key, packed)
+        return self._count(packed)
 
     def _count(self, packed: PackedLinear) -> PackedLinear:
         self.weight_bytes += packed.nbytes

@@ -18,9 +18,10 @@ from sagellm_backend import join_rows
 from sagellm_compression.quantization import get_quant_method
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 
-from .checkpoint import SafetensorsCheckpoint, TensorInfo, TensorSource
+from .checkpoint import SafetensorsCheckpoint, TensorInfo, TensorSource, safetensors_files
 from .config import ModelConfig, read_model_config
 from .decoder import CausalLM
+from .packed_cache import PackedCache, default_folder
 from .registry import get_family
 from .weights import Parameter, Part, WeightNames, parameter_plan
 
@@ -40,11 +41,15 @@ def load_model(
     dtype: torch.dtype | None = None,
     quantization: str = "none",
     max_model_len: int | None = None,
+    cache_folder: Path | None = None,
+    cache_bytes: int = 0,
 ) -> CausalLM:
     """Load the model at `path` (a folder with config.json and safetensors, or a `.gguf` file) onto a provider's device.
 
     `dtype` is that of the weights (None: the checkpoint's, whole numbers of a GGUF file among them); activations take
     the provider's compute dtype. `quantization` names the method that linear layers and tied embeddings go through.
+    What is quantized here is kept packed in `cache_folder` (None: `packed_cache.default_folder`), which may take
+    `cache_bytes` (0: nothing is kept).
     `max_model_len` bounds the positions that tables are made for (None: all that the model can reach).
 
     Raises `NotFoundError` for missing files, `InvalidArgumentError` for corrupt or mismatched ones, `UnsupportedError`
@@ -69,7 +74,17 @@ def load_model(
         method=method,
         keep_quantized=dtype is None and method is None,
     )
-    return CausalLM(config.spec, reader, provider.ops, max_model_len=max_model_len or limit)
+    cache = None
+    if method is not None and cache_bytes > 0 and provider.packed_layout is not None:
+        files = (
+            [config.path] if config.path.is_file() else [config.path / "config.json", *safetensors_files(config.path)]
+        )
+        how = [quantization, str(reader.weight_dtype), provider.packed_layout]
+        cache = PackedCache(cache_folder or default_folder(), files, how, provider, cache_bytes)
+    model = CausalLM(config.spec, reader, provider.ops, max_model_len=max_model_len or limit, cache=cache)
+    if cache is not None:
+        cache.save()
+    return model
 
 
 def _open(config: ModelConfig) -> tuple[TensorSource, WeightNames]:

@@ -43,6 +43,8 @@ class Worker:
             dtype=dtype,
             quantization=self.config.quantization,
             max_model_len=self.config.max_model_len,
+            cache_folder=self.config.packed_cache_dir,
+            cache_bytes=self.config.packed_cache_bytes,
         )
 
     def allocate_kv_cache(self) -> KVCacheCapacity:
