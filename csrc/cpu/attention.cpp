@@ -1,11 +1,11 @@
-// Paged attention and the cache it reads.
+// Paged attention.
 //
-// A row is one query token of one head. It reads its context in splits of
-// kSplit tokens at fixed places and merges their softmaxes in order (online
-// softmax, Milakov and Gimelshein 2018). A score is one chain of fused
-// multiply-adds over the head, a sum of values one chain over the tokens. What
-// a row may not see has the weight 0 exactly, so neither chunking nor the other
-// rows of a tile change a bit.
+// A row is one query token of one head. It reads its context in splits of kSplit tokens and segments of kSegment
+// tokens, both at fixed places. Within a segment it carries a running softmax from split to split (online softmax,
+// Milakov and Gimelshein 2018); segments are computed from nothing and merged in order (Dao et al. 2023), so that they
+// may be computed by one thread or by many. A score is one chain over the head, a sum of values one chain over the
+// tokens of a split. What a row may not see has the weight 0 exactly, so neither chunking nor the other rows of a tile
+// change a bit.
 #include <cstdint>
 #include <cstring>
 
@@ -17,344 +17,456 @@
 namespace sage::SAGE_ISA {
 namespace {
 
-constexpr int kItemRows = 48;  // rows that share one pass over keys and values
-constexpr int kKeyGroups = 4;  // groups of sixteen keys turned at once
+constexpr int kSegment = 8 * kSplit;
+constexpr int kItemRows = 8 * kTileRows;  // rows that share a pass over keys and values
 constexpr float kNone = -__builtin_inff();
+constexpr float kLog2E = 1.44269504088896341f;
 
-// Sixteen entries of sixteen keys, turned: out[d][key] with rows of kLanes
-// floats. `keys` are their first entries.
-#if defined(__AVX2__)
-SAGE_INLINE __m256 load8(F32, const float* p) { return _mm256_loadu_ps(p); }
-SAGE_INLINE __m256 load8(F16, const std::uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-SAGE_INLINE __m256 load8(BF16, const std::uint16_t* p) {
-  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-}
-
-template <class E>
-SAGE_INLINE void turn8(const typename E::T* const* keys, int d, float* out) {
-  __m256 t[8], u[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) t[i] = load8(E{}, keys[i] + d);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    u[2 * i] = _mm256_unpacklo_ps(t[2 * i], t[2 * i + 1]);
-    u[2 * i + 1] = _mm256_unpackhi_ps(t[2 * i], t[2 * i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    t[4 * i] = _mm256_shuffle_ps(u[4 * i], u[4 * i + 2], 0x44);
-    t[4 * i + 1] = _mm256_shuffle_ps(u[4 * i], u[4 * i + 2], 0xee);
-    t[4 * i + 2] = _mm256_shuffle_ps(u[4 * i + 1], u[4 * i + 3], 0x44);
-    t[4 * i + 3] = _mm256_shuffle_ps(u[4 * i + 1], u[4 * i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(out + i * kLanes, _mm256_permute2f128_ps(t[i], t[i + 4], 0x20));
-    _mm256_storeu_ps(out + (i + 4) * kLanes, _mm256_permute2f128_ps(t[i], t[i + 4], 0x31));
-  }
+// 2^x for x <= 0 within 2 ulp, exactly 0 below -126.
+SAGE_INLINE V16 exp2_weight(V16 x) {
+  const V16 n = round_even(x);
+  const V16 r = x - n;
+  V16 p = fma(set1(0x1.5bba14p-10f), r, set1(0x1.3cea88p-7f));
+  p = fma(p, r, set1(0x1.c6b752p-5f));
+  p = fma(p, r, set1(0x1.ebf9bcp-3f));
+  p = fma(p, r, set1(0x1.62e42ap-1f));
+  p = fma(p, r, set1(1.0f));
+  return zero_where_less(times_power_of_two(p, n), x, set1(-126.0f));
 }
 
-template <class E>
-SAGE_INLINE void turn(const typename E::T* const* keys, int d, float* out) {
-  for (int half = 0; half < kLanes; half += 8) {
-    turn8<E>(keys + half, d, out + half);
-    turn8<E>(keys + half, d + 8, out + 8 * kLanes + half);
-  }
+SAGE_INLINE float exp2_weight(float x) {
+  float lanes[kLanes];
+  store(lanes, exp2_weight(set1(x)));
+  return lanes[0];
 }
-#else
-template <class E>
-SAGE_INLINE void turn(const typename E::T* const* keys, int d, float* out) {
-  for (int i = 0; i < kLanes; ++i) {
-    for (int key = 0; key < kLanes; ++key) out[i * kLanes + key] = E::get(keys[key][d + i]);
-  }
-}
-#endif
 
-// Up to kItemRows rows of one request and one KV head: row = token * group +
-// head within the group.
-template <class E>
+// The softmax of a row over a part of its context: the weighted sum of the values, and behind it the peak of the
+// scores (times log2 e) and the sum of the weights 2^(score - peak).
+struct Record {
+  float* sums;
+  int head_dim;
+
+  static std::ptrdiff_t floats(int head_dim) { return head_dim + kLanes; }
+  SAGE_MEMBER float& peak() const { return sums[head_dim]; }
+  SAGE_MEMBER float& total() const { return sums[head_dim + 1]; }
+
+  SAGE_MEMBER void clear() const {
+    std::memset(sums, 0, sizeof(float) * head_dim);
+    peak() = kNone;
+    total() = 0.0f;
+  }
+
+  // Takes in what follows.
+  SAGE_MEMBER void merge(const Record& next) const {
+    if (next.peak() == kNone) return;
+    const float top = next.peak() > peak() ? next.peak() : peak();
+    const float mine = exp2_weight(peak() - top);
+    const float theirs = exp2_weight(next.peak() - top);
+    for (int d = 0; d < head_dim; d += kLanes) {
+      store(sums + d, fma(load(next.sums + d), set1(theirs), load(sums + d) * set1(mine)));
+    }
+    total() = __builtin_fmaf(next.total(), theirs, total() * mine);
+    peak() = top;
+  }
+
+  SAGE_MEMBER void finish(float* out) const {
+    const V16 all = set1(total());
+    for (int d = 0; d < head_dim; d += kLanes) store(out + d, load(sums + d) / all);
+  }
+};
+
+// Up to kItemRows rows of one request and one KV head; row = token * group + head within the group.
 struct Item {
-  using T = typename E::T;
-
-  const AttentionArgs& a;
-  const T* keys;  // plane of the cache, first block of this KV head
-  const T* values;
-  const std::int32_t* table;
-  int first_row = 0;
-  int rows = 0;
-  int group = 0;
-  int kv_head = 0;
-  int first_token = 0;  // of the request, in q
-  int first_position = 0;
-
-  float* q;        // [rows, head_dim]
-  float* turned;   // [kKeyGroups][head_dim][kLanes]
-  float* weights;  // [rows, kSplit]
-  float* sums;     // [rows, head_dim]
-  float* peaks;    // [rows]
-  float* totals;   // [rows]
-  float* decays;   // [rows]
+  int request;
+  int kv_head;
+  int first_row;
+  int rows;
+  int group;
+  int first_token;     // of the request, in q
+  int first_position;  // of that token
+  int window;
 
   int position(int row) const { return first_position + (first_row + row) / group; }
+  // What a row sees is [low, position].
   int low(int row) const {
     const int high = position(row) + 1;
-    return a.window > 0 && high > a.window ? high - a.window : 0;
+    return window > 0 && high > window ? high - window : 0;
   }
-  std::ptrdiff_t row_offset(int row, std::ptrdiff_t token_stride) const {
+  int end() const { return position(rows - 1) + 1; }
+  int first_segment() const { return low(0) / kSegment; }
+  int segments() const { return (end() - 1) / kSegment + 1 - first_segment(); }
+
+  // Where a row starts in [tokens, heads, head_dim].
+  std::ptrdiff_t offset(int row, std::ptrdiff_t token_stride, int head_dim) const {
     const int index = first_row + row;
     return (first_token + index / group) * token_stride +
-           static_cast<std::ptrdiff_t>(kv_head * group + index % group) * a.head_dim;
+           static_cast<std::ptrdiff_t>(kv_head * group + index % group) * head_dim;
   }
-  SAGE_MEMBER const T* entry(const T* plane, int token) const {
-    const std::int64_t block = table[token / a.block_size];
-    return plane + (block * a.kv_heads * a.block_size + token % a.block_size) * a.head_dim;
+};
+
+// All items of a call.
+struct Items {
+  const AttentionArgs& a;
+  const int group;
+  int tiles = 0;  // runs of up to kItemRows rows
+  int count = 0;  // tiles times KV heads
+
+  explicit Items(const AttentionArgs& a) : a(a), group(a.heads / a.kv_heads) {
+    for (int r = 0; r < a.requests; ++r) tiles += tiles_of(r);
+    count = tiles * a.kv_heads;
   }
 
-  // Asks for kLanes entries of a plane, from `token` on and below `end`: blocks lie anywhere, so nobody else foresees
-  // them.
-  SAGE_MEMBER void fetch(const T* plane, int token, int end) const {
-    const int stop = token + kLanes < end ? token + kLanes : end;
-    for (; token < stop; ++token) {
-      const auto* line = reinterpret_cast<const char*>(entry(plane, token));
-      for (int b = 0; b < a.head_dim * static_cast<int>(sizeof(T)); b += 64) __builtin_prefetch(line + b, 0, 2);
-    }
+  int rows_of(int request) const { return (a.query_start_loc[request + 1] - a.query_start_loc[request]) * group; }
+  int tiles_of(int request) const { return (rows_of(request) + kItemRows - 1) / kItemRows; }
+
+  Item item(int request, int tile, int kv_head) const {
+    const int first = tile * kItemRows;
+    const int left = rows_of(request) - first;
+    const int first_token = a.query_start_loc[request];
+    const int tokens = a.query_start_loc[request + 1] - first_token;
+    return {request,
+            kv_head,
+            first,
+            left < kItemRows ? left : kItemRows,
+            group,
+            first_token,
+            a.context_lens[request] - tokens,
+            a.window};
+  }
+  Item at(int index) const {
+    int tile = index / a.kv_heads;
+    int request = 0;
+    for (; tile >= tiles_of(request); ++request) tile -= tiles_of(request);
+    return item(request, tile, index % a.kv_heads);
   }
 
-  static std::size_t floats(int head_dim) {
-    return static_cast<std::size_t>(kItemRows) * (2 * head_dim + kSplit + 3) +
-           static_cast<std::size_t>(kKeyGroups) * kLanes * head_dim;
-  }
-
-  void place(float* memory) {
-    const auto take = [&](int count) {
-      float* start = memory;
-      memory += count;
-      return start;
-    };
-    turned = take(kKeyGroups * kLanes * a.head_dim);
-    q = take(kItemRows * a.head_dim);
-    sums = take(kItemRows * a.head_dim);
-    weights = take(kItemRows * kSplit);
-    peaks = take(kItemRows);
-    totals = take(kItemRows);
-    decays = take(kItemRows);
-    for (int r = 0; r < rows; ++r) {
-      std::memcpy(q + r * a.head_dim, a.q + row_offset(r, a.q_stride), sizeof(float) * a.head_dim);
-      peaks[r] = kNone;
-      totals[r] = 0.0f;
-    }
-    std::memset(sums, 0, sizeof(float) * rows * a.head_dim);
-  }
-
-  // weights[r][j] = q[r] . key[start + j] for j from `begin` to `end`, in whole
-  // groups.
-  void score(int start, int begin, int end, int last) const {
-    for (int j = begin / kLanes * kLanes; j < end; j += kKeyGroups * kLanes) {
-      const int groups = end - j < kKeyGroups * kLanes ? (end - j + kLanes - 1) / kLanes : kKeyGroups;
-      for (int g = 0; g < groups; ++g) {
-        const T* sixteen[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          const int token = j + g * kLanes + i;  // beyond the ends any key will do: its score is dropped
-          sixteen[i] = entry(keys, start + (token < begin ? begin : token < end ? token : end - 1));
-        }
-        fetch(values, start + j + g * kLanes, start + end);
-        fetch(keys, start + j + (g + kKeyGroups) * kLanes, last);
-        float* out = turned + g * kLanes * a.head_dim;
-        for (int d = 0; d < a.head_dim; d += kLanes) turn<E>(sixteen, d, out + d * kLanes);
-      }
-      each_tile(rows, [&](int first, int count) {
-        with_rows(count, [&]<int kRows>() {
-          constexpr int kWideGroups = kRows == 1 ? kKeyGroups : 1;
-          int g = 0;
-          for (; g + kWideGroups <= groups; g += kWideGroups) score_tile<kRows, kWideGroups>(first, j, g);
-          for (; g < groups; ++g) score_tile<kRows, 1>(first, j, g);
-        });
-      });
-    }
-  }
-
-  template <int kRows, int kGroups>
-  SAGE_MEMBER void score_tile(int first, int j, int g) const {
-    V16 dots[kRows][kGroups];
-    for (int r = 0; r < kRows; ++r) {
-      for (int b = 0; b < kGroups; ++b) dots[r][b] = set1(0.0f);
-    }
-    const std::ptrdiff_t plane = static_cast<std::ptrdiff_t>(kLanes) * a.head_dim;
-    multiply<F32, kRows, kGroups, 0>(dots, q + first * a.head_dim, a.head_dim, turned + g * plane, {kLanes, plane},
-                                     a.head_dim);
-    for (int r = 0; r < kRows; ++r) {
-      for (int b = 0; b < kGroups; ++b) store(weights + (first + r) * kSplit + j + (g + b) * kLanes, dots[r][b]);
-    }
-  }
-
-  // Turns the scores of one row into weights against its new peak; what it may
-  // not see gets 0.
-  void soften(int row, int start, int begin, int end) const {
-    float* w = weights + row * kSplit;
-    const int first = begin / kLanes * kLanes;
-    const int last = (end + kLanes - 1) / kLanes * kLanes;
-    const int visible_begin = low(row) - start > begin ? low(row) - start : begin;
-    const int visible_end = position(row) + 1 - start < end ? position(row) + 1 - start : end;
-    decays[row] = 1.0f;
-    if (visible_begin >= visible_end) {
-      for (int j = first; j < last; j += kLanes) store(w + j, set1(0.0f));
-      return;
-    }
-    const V16 scale = set1(a.scale);
-    for (int j = first; j < last; j += kLanes) {
-      V16 score = load(w + j) * scale;
-      if (a.soft_cap > 0.0f) score = set1(a.soft_cap) * tanh(score / set1(a.soft_cap));
-      store(w + j, score);
-    }
-    for (int j = first; j < visible_begin; ++j) w[j] = kNone;
-    for (int j = visible_end; j < last; ++j) w[j] = kNone;
-    V16 best = set1(kNone);
-    for (int j = first; j < last; j += kLanes) best = max(load(w + j), best);
-    const float top = reduce_max(best);
-    const float peak = top > peaks[row] ? top : peaks[row];
-    V16 total = set1(0.0f);
-    for (int j = first; j < last; j += kLanes) {
-      const V16 weight = exp(load(w + j) - set1(peak));
-      store(w + j, weight);
-      total = total + weight;
-    }
-    float lanes[kLanes];
-    store(lanes, exp(set1(peaks[row] - peak)));
-    decays[row] = lanes[0];
-    totals[row] = totals[row] * lanes[0] + reduce_add(total);
-    peaks[row] = peak;
-  }
-
-  // sums[r] = sums[r] * decay[r] + weights[r] . values
-  void gather(int start, int begin, int end) const {
-    each_tile(rows, [&](int first, int count) {
-      with_rows(count, [&]<int kRows>() {
-        constexpr int kGroups = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;
-        int d = 0;
-        for (; d + kGroups * kLanes <= a.head_dim; d += kGroups * kLanes) {
-          gather_tile<kRows, kGroups>(first, d, start, begin, end);
-        }
-        for (; d < a.head_dim; d += kLanes) gather_tile<kRows, 1>(first, d, start, begin, end);
-      });
-    });
-  }
-
-  template <int kRows, int kGroups>
-  SAGE_MEMBER void gather_tile(int first, int d, int start, int begin, int end) const {
-    V16 state[kRows][kGroups];
-    float* out = sums + first * a.head_dim + d;
-    for (int r = 0; r < kRows; ++r) {
-      for (int b = 0; b < kGroups; ++b) {
-        state[r][b] = load(out + r * a.head_dim + b * kLanes) * set1(decays[first + r]);
-      }
-    }
-    for (int j = begin; j < end;) {
-      const int left = a.block_size - (start + j) % a.block_size;
-      const int run = left < end - j ? left : end - j;
-      multiply<E, kRows, kGroups, 0>(state, weights + first * kSplit + j, kSplit, entry(values, start + j) + d,
-                                     {a.head_dim, kLanes}, run);
-      j += run;
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int b = 0; b < kGroups; ++b) store(out + r * a.head_dim + b * kLanes, state[r][b]);
-    }
-  }
-
-  void attend() const {
-    const int lowest = low(0);
-    const int highest = position(rows - 1) + 1;
-    for (int start = lowest / kSplit * kSplit; start < highest; start += kSplit) {
-      const int begin = lowest > start ? lowest - start : 0;
-      const int end = highest - start < kSplit ? highest - start : kSplit;
-      score(start, begin, end, highest);
-      for (int r = 0; r < rows; ++r) soften(r, start, begin, end);
-      gather(start, begin, end);
-    }
-    for (int r = 0; r < rows; ++r) {
-      const V16 total = set1(totals[r]);
-      float* out = a.out + row_offset(r, static_cast<std::ptrdiff_t>(a.heads) * a.head_dim);
-      for (int d = 0; d < a.head_dim; d += kLanes) store(out + d, load(sums + r * a.head_dim + d) / total);
+  // Calls body(item of KV head 0) for each tile.
+  template <class Body>
+  void each_tile(const Body& body) const {
+    for (int r = 0; r < a.requests; ++r) {
+      for (int tile = 0; tile < tiles_of(r); ++tile) body(item(r, tile, 0));
     }
   }
 };
 
+// Computes items in the calling thread's memory.
 template <class E>
-void attend_item(const AttentionArgs& a, int request, int first_row, int rows, int kv_head) {
-  const auto* cache = static_cast<const typename E::T*>(a.cache);
-  const std::int64_t block = static_cast<std::int64_t>(a.block_size) * a.head_dim;
-  const int first_token = a.query_start_loc[request];
-  const int tokens = a.query_start_loc[request + 1] - first_token;
-  Item<E> item{a};
-  item.keys = cache + kv_head * block;
-  item.values = item.keys + a.num_blocks * a.kv_heads * block;
-  item.table = a.block_tables + static_cast<std::ptrdiff_t>(request) * a.table_width;
-  item.first_row = first_row;
-  item.rows = rows;
-  item.group = a.heads / a.kv_heads;
-  item.kv_head = kv_head;
-  item.first_token = first_token;
-  item.first_position = a.context_lens[request] - tokens;
-  item.place(static_cast<float*>(scratch(Item<E>::floats(a.head_dim) * sizeof(float), 0)));
-  item.attend();
+class Attend {
+  using T = typename E::T;
+  using Word = typename E::Word;
+  static constexpr int kSplitWords = kSplit / E::kStep;
+  static constexpr int kChunks = kSplit / kLanes;
+
+ public:
+  Attend(const AttentionArgs& a, const Item& item)
+      : a_(a),
+        item_(item),
+        order_(a),
+        tiles_(item.rows),
+        keys_(static_cast<const T*>(a.cache) + item.kv_head * order_.head),
+        values_(keys_ + order_.plane),
+        table_(a.block_tables + static_cast<std::ptrdiff_t>(item.request) * a.table_width) {
+    const int words = a.head_dim / E::kStep;
+    const std::ptrdiff_t records = kItemRows * Record::floats(a.head_dim);
+    const int padded = (a.head_dim + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
+    auto* memory = static_cast<float*>(scratch(sizeof(float) * (2 * records + kTileRows * (kSplit + kSplitWords + 1) +
+                                                                kItemRows * words + 2 * padded + kLanes),
+                                               0));
+    const auto take = [&](std::ptrdiff_t count) {
+      float* start = memory;
+      memory += count;
+      return start;
+    };
+    scores_ = take(kTileRows * kSplit);
+    weights_ = reinterpret_cast<Word*>(take(kTileRows * kSplitWords));
+    records_[0] = take(records);
+    records_[1] = take(records);
+    float* row = take(padded);
+    auto* row_words = reinterpret_cast<Word*>(take(padded));
+    q_ = reinterpret_cast<Word*>(take(kItemRows * words));
+    decays_ = take(kLanes);
+    std::memset(row, 0, sizeof(float) * padded);
+    for (int t = 0; t < tiles_.count; ++t) {
+      const int first = tiles_.first(t), size = tiles_.size(t);
+      for (int r = 0; r < size; ++r) {
+        std::memcpy(row, a.q + item.offset(first + r, a.q_stride, a.head_dim), sizeof(float) * a.head_dim);
+        for (int d = 0; d < a.head_dim; d += kLanes * E::kStep) E::store_words(row_words + d / E::kStep, row + d);
+        for (int w = 0; w < words; ++w) q_[first * words + w * size + r] = row_words[w];
+      }
+    }
+  }
+
+  // The whole item.
+  void all() {
+    const int first = item_.first_segment();
+    segment(first, records_[0]);
+    for (int i = 1; i < item_.segments(); ++i) {
+      segment(first + i, records_[1]);
+      for (int r = 0; r < item_.rows; ++r) record(records_[0], r).merge(record(records_[1], r));
+    }
+    for (int r = 0; r < item_.rows; ++r) record(records_[0], r).finish(out(r));
+  }
+
+  // One segment of it.
+  void segment(int index, float* records) {
+    for (int r = 0; r < item_.rows; ++r) record(records, r).clear();
+    const int from = index * kSegment;
+    const int until = from + kSegment < item_.end() ? from + kSegment : item_.end();
+    const int lowest = item_.low(0) > from ? item_.low(0) : from;
+    int start = lowest / kSplit * kSplit;
+    find(keys_, start, until, next_keys_);
+    for (; start < until; start += kSplit) {
+      std::memcpy(split_keys_, next_keys_, sizeof split_keys_);
+      find(values_, start, until, split_values_);
+      find(keys_, start + kSplit, item_.end(), next_keys_);
+      for (int t = 0; t < tiles_.count; ++t) {
+        const int first = tiles_.first(t), size = tiles_.size(t);
+        const int low = item_.low(first) - start, high = item_.position(first + size - 1) + 1 - start;
+        const int begin = low > 0 ? low / kLanes * kLanes : 0;
+        const int end = high < kSplit ? high : kSplit;
+        if (begin >= end) continue;
+        with_rows(size, [&]<int kRows>() {
+          score<kRows>(first, begin, end);
+          for (int r = 0; r < kRows; ++r) soften(record(records, first + r), first, r, start, begin, end);
+          gather<kRows>(records + first * Record::floats(a_.head_dim), begin, end);
+        });
+      }
+    }
+  }
+
+  float* out(int row) const {
+    return a_.out + item_.offset(row, static_cast<std::ptrdiff_t>(a_.heads) * a_.head_dim, a_.head_dim);
+  }
+
+ private:
+  Record record(float* records, int row) const { return {records + row * Record::floats(a_.head_dim), a_.head_dim}; }
+  // Where each sixteen tokens of the split from `start` on stand in a plane. Those behind `until` get some address that
+  // may be asked for.
+  void find(const T* plane, int start, int until, const T* (&chunks)[kChunks]) const {
+    for (int c = 0; c < kChunks; ++c) {
+      const int token = start + c * kLanes;
+      const int block = token / a_.block_size;
+      const int offset = token - block * a_.block_size;
+      chunks[c] = token >= until ? plane
+                                 : plane + table_[block] * order_.block +
+                                       (plane == keys_ ? order_.key(offset) : order_.value(offset));
+    }
+  }
+
+  // scores_[r][j] = log2(e) * score of row r and token start + j for the groups of sixteen from `begin` to `end`.
+  template <int kRows>
+  void score(int first, int begin, int end) const {
+    constexpr int kGroups = tile_groups<E>(kRows);
+    int j = begin;
+    for (; j + (kGroups - 1) * kLanes < end; j += kGroups * kLanes) score_tile<kRows, kGroups>(first, j);
+    for (; j < end; j += kLanes) score_tile<kRows, 1>(first, j);
+  }
+
+  template <int kRows, int kGroups>
+  SAGE_MEMBER void score_tile(int first, int j) const {
+    const T* columns[kGroups];
+    const T* ahead[kGroups];  // their values: as many lines as a group of keys has steps
+    V16 sums[kRows][kGroups];
+#pragma GCC unroll 4
+    for (int b = 0; b < kGroups; ++b) {
+      columns[b] = split_keys_[j / kLanes + b];
+      ahead[b] = split_values_[j / kLanes + b];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[r][b] = set1(0.0f);
+    }
+    const int words = a_.head_dim / E::kStep;
+    multiply<E, kRows, kGroups, kRows, 1>(sums, q_ + first * words, columns, order_.key_step(), ahead,
+                                          kLanes * E::kStep, words);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kGroups; ++b) {
+        V16 score = sums[r][b] * set1(a_.scale);
+        if (a_.soft_cap > 0.0f) score = set1(a_.soft_cap) * tanh(score / set1(a_.soft_cap));
+        store(scores_ + r * kSplit + j + b * kLanes, score * set1(kLog2E));
+      }
+    }
+  }
+
+  // Turns the scores of one row into weights against its new peak; what it may not see gets 0.
+  void soften(const Record& record, int first, int r, int start, int begin, int end) const {
+    constexpr int kWidth = kLanes * E::kStep;
+    float* scores = scores_ + r * kSplit;
+    Word* weights = weights_ + r * kSplitWords;
+    begin = begin / kWidth * kWidth;
+    const int padded = (end + kWidth - 1) / kWidth * kWidth;
+    const int low = item_.low(first + r) - start > begin ? item_.low(first + r) - start : begin;
+    const int position = item_.position(first + r) + 1 - start;
+    const int high = position < end ? position : end;
+    decays_[r] = 1.0f;
+    if (low >= high) {
+      std::memset(weights + begin / E::kStep, 0, sizeof(Word) * (padded - begin) / E::kStep);
+      return;
+    }
+    for (int j = begin; j < low; ++j) scores[j] = kNone;
+    for (int j = high; j < padded; ++j) scores[j] = kNone;
+    V16 best = load(scores + begin);
+    for (int j = begin + kLanes; j < padded; j += kLanes) best = max(load(scores + j), best);
+    const float top = reduce_max(best);
+    const float peak = top > record.peak() ? top : record.peak();
+    for (int j = begin; j < padded; j += kWidth) {
+      for (int i = j; i < j + kWidth; i += kLanes) {
+        store(scores + i, exp2_weight(load(scores + i) - set1(peak)));
+      }
+      E::store_words(weights + j / E::kStep, scores + j);
+    }
+    V16 total = set1(0.0f);
+    for (int j = begin; j < padded; j += kWidth) total = E::add(weights + j / E::kStep, total);
+    decays_[r] = exp2_weight(record.peak() - peak);
+    record.total() = __builtin_fmaf(record.total(), decays_[r], reduce_add(total));
+    record.peak() = peak;
+  }
+
+  // sums[r] = sums[r] * decay[r] + weights[r] . values of the tokens from `begin` to `end`
+  template <int kRows>
+  void gather(float* sums, int begin, int end) const {
+    constexpr int kGroups = tile_groups<E>(kRows);
+    int d = 0;
+    for (; d + kGroups * kLanes <= a_.head_dim; d += kGroups * kLanes) {
+      gather_tile<kRows, kGroups>(sums, d, begin, end);
+    }
+    for (; d < a_.head_dim; d += kLanes) gather_tile<kRows, 1>(sums, d, begin, end);
+  }
+
+  template <int kRows, int kGroups>
+  SAGE_MEMBER void gather_tile(float* records, int d, int begin, int end) const {
+    constexpr int kWords = kLanes / E::kStep;  // of sixteen tokens
+    V16 sums[kRows][kGroups];
+    float* out = records + d;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kGroups; ++b) {
+        sums[r][b] = load(out + r * Record::floats(a_.head_dim) + b * kLanes) * set1(decays_[r]);
+      }
+    }
+    for (int j = begin; j < end; j += kLanes) {
+      const T* entry = split_values_[j / kLanes] + d * E::kStep;
+      const T* next = next_keys_[j / kLanes] + d / kLanes * kWords * order_.key_step();
+      const T* columns[kGroups];
+      const T* ahead[kGroups];  // the next split's keys: as many lines as there are steps here
+#pragma GCC unroll 4
+      for (int b = 0; b < kGroups; ++b) {
+        columns[b] = entry + b * kLanes * E::kStep;
+        ahead[b] = next + b * kWords * order_.key_step();
+      }
+      const Word* words = weights_ + j / E::kStep;
+      const int tokens = end - j < kLanes ? end - j : kLanes;
+      multiply<E, kRows, kGroups, 1, kSplitWords>(sums, words, columns, order_.value_step(), ahead, order_.key_step(),
+                                                  tokens / E::kStep);
+      if (tokens % E::kStep != 0) {
+        // The last token's partner holds anything: a weight of 0 does not undo a NaN.
+        alignas(64) T single[kGroups][kLanes * E::kStep] = {};
+#pragma GCC unroll 4
+        for (int b = 0; b < kGroups; ++b) {
+          columns[b] += tokens / E::kStep * order_.value_step();
+          for (int i = 0; i < kLanes; ++i) single[b][i * E::kStep] = columns[b][i * E::kStep];
+          columns[b] = single[b];
+        }
+        multiply<E, kRows, kGroups, 1, kSplitWords>(sums, words + tokens / E::kStep, columns, 0, columns, 0, 1);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kGroups; ++b) {
+        store(out + r * Record::floats(a_.head_dim) + b * kLanes, sums[r][b]);
+      }
+    }
+  }
+
+  const AttentionArgs& a_;
+  const Item& item_;
+  const Order<E> order_;
+  const RowTiles tiles_;
+  const T* keys_;  // of this KV head in the first block
+  const T* values_;
+  const std::int32_t* table_;
+  float* scores_;      // [kTileRows, kSplit]
+  Word* weights_;      // [kTileRows, kSplitWords]
+  float* records_[2];  // [rows]
+  Word* q_;            // tile by tile, [words, rows]
+  float* decays_;      // [kTileRows]
+  const T* split_keys_[kChunks];
+  const T* split_values_[kChunks];
+  const T* next_keys_[kChunks];  // of the next split
+};
+
+// Whether a thread that took the longest item would keep the others waiting.
+bool worth_cutting(const Items& items, int threads) {
+  if (threads == 1) return false;
+  double all = 0.0, longest = 0.0;
+  items.each_tile([&](const Item& item) {
+    const double work = static_cast<double>(item.rows) * (item.end() - item.low(0));
+    all += work;
+    if (work > longest && item.segments() > 1) longest = work;
+  });
+  return longest * threads * 4 > all * items.a.kv_heads;
 }
 
+// Every segment of every item by itself, then the merging.
 template <class E>
-void attention_as(const AttentionArgs& a, Team& team) {
-  const int group = a.heads / a.kv_heads;
-  const auto rows_of = [&](int r) { return (a.query_start_loc[r + 1] - a.query_start_loc[r]) * group; };
-  const auto tiles_of = [&](int r) { return (rows_of(r) + kItemRows - 1) / kItemRows; };
-  int tiles = 0;
-  for (int r = 0; r < a.requests; ++r) {
-    tiles += tiles_of(r);
-  }
-  const int items = tiles * a.kv_heads;
-  team.each(items, [&](int index) {
-    // The last tiles of a request read most; starting with them keeps the
-    // threads busy to the end.
-    int tile = tiles - 1 - index / a.kv_heads;
-    int request = 0;
-    for (; tile >= tiles_of(request); ++request) tile -= tiles_of(request);
-    const int first = tile * kItemRows;
-    const int left = rows_of(request) - first;
-    attend_item<E>(a, request, first, left < kItemRows ? left : kItemRows, index % a.kv_heads);
+void attend_in_segments(const Items& items, Team& team) {
+  const AttentionArgs& a = items.a;
+  int units = 0, rows = 0;
+  items.each_tile([&](const Item& item) {
+    units += item.segments();
+    if (item.rows > rows) rows = item.rows;
+  });
+  const std::ptrdiff_t unit = rows * Record::floats(a.head_dim);
+  auto* records = static_cast<float*>(team.shared(sizeof(float) * unit * units * a.kv_heads));
+  team.each(units * a.kv_heads, [&](int index) {
+    int left = index / a.kv_heads;
+    items.each_tile([&](Item item) {
+      if (left >= 0 && left < item.segments()) {
+        item.kv_head = index % a.kv_heads;
+        Attend<E>(a, item).segment(item.first_segment() + left, records + index * unit);
+      }
+      left -= item.segments();
+    });
+  });
+  team.ranges(items.count, [&](int begin, int end) {
+    int first = 0;  // segment of the tile
+    int number = 0;
+    items.each_tile([&](Item item) {
+      for (item.kv_head = 0; item.kv_head < a.kv_heads; ++item.kv_head, ++number) {
+        if (number < begin || number >= end) continue;
+        for (int r = 0; r < item.rows; ++r) {
+          const auto part = [&](int i) {
+            const std::ptrdiff_t place = static_cast<std::ptrdiff_t>(first + i) * a.kv_heads + item.kv_head;
+            return Record{records + place * unit + r * Record::floats(a.head_dim), a.head_dim};
+          };
+          for (int i = 1; i < item.segments(); ++i) part(0).merge(part(i));
+          part(0).finish(a.out + item.offset(r, static_cast<std::ptrdiff_t>(a.heads) * a.head_dim, a.head_dim));
+        }
+      }
+      first += item.segments();
+    });
   });
 }
 
 template <class E>
-void write_cache_as(const CacheWriteArgs& a, Team& team) {
-  auto* cache = static_cast<typename E::T*>(a.cache);
-  const std::int64_t plane = a.num_blocks * a.kv_heads * a.block_size * a.head_dim;
-  team.ranges(a.tokens, [&](int begin, int end) {
-    for (int t = begin; t < end; ++t) {
-      const std::int64_t slot = a.slot_mapping[t];
-      if (slot < 0) continue;
-      for (int h = 0; h < a.kv_heads; ++h) {
-        const std::int64_t place =
-            ((slot / a.block_size * a.kv_heads + h) * a.block_size + slot % a.block_size) * a.head_dim;
-        const float* k = a.k + t * a.k_stride + static_cast<std::ptrdiff_t>(h) * a.head_dim;
-        const float* v = a.v + t * a.v_stride + static_cast<std::ptrdiff_t>(h) * a.head_dim;
-        for (int d = 0; d < a.head_dim; ++d) cache[place + d] = E::put(k[d]);
-        for (int d = 0; d < a.head_dim; ++d) cache[plane + place + d] = E::put(v[d]);
-      }
-    }
+void attention_as(const AttentionArgs& a, Team& team) {
+  const Items items(a);
+  if (worth_cutting(items, team.size)) return attend_in_segments<E>(items, team);
+  team.each(items.count, [&](int index) {
+    // The last tiles of a request read most; starting with them keeps the threads busy to the end.
+    const Item item = items.at(items.count - 1 - index);
+    Attend<E>(a, item).all();
   });
 }
 
 }  // namespace
 
 void attention(const AttentionArgs& a, Team& team) {
-  if (a.type == Element::kF32) return attention_as<F32>(a, team);
-  if (a.type == Element::kBF16) return attention_as<BF16>(a, team);
-  attention_as<F16>(a, team);
-}
-
-void write_cache(const CacheWriteArgs& a, Team& team) {
-  if (a.type == Element::kF32) return write_cache_as<F32>(a, team);
-  if (a.type == Element::kBF16) return write_cache_as<BF16>(a, team);
-  write_cache_as<F16>(a, team);
+  if (a.type == Element::kF32) return attention_as<SingleEntries<F32>>(a, team);
+  if (a.type == Element::kBF16) return attention_as<PairedEntries>(a, team);
+  attention_as<SingleEntries<F16>>(a, team);
 }
 
 }  // namespace sage::SAGE_ISA

@@ -58,6 +58,12 @@ void pack_int(int isa, Address codes, std::ptrdiff_t stride, const sage::Weight&
       {&weight, at<std::uint8_t>(codes), const_cast<void*>(weight.data), stride});
 }
 
+void quantize(int isa, Address source, std::ptrdiff_t stride, int type, const sage::Weight& weight, int threads) {
+  run(table(isa).quantize, static_cast<double>(weight.n) * weight.k, threads,
+      {&weight, at<void>(source), const_cast<void*>(weight.data), const_cast<std::uint16_t*>(weight.scales), stride,
+       static_cast<sage::Element>(type)});
+}
+
 void linear(int isa, Address x, const sage::Weight& weight, Address bias, Address y, std::ptrdiff_t x_stride, int m,
             int threads) {
   run(table(isa).linear, static_cast<double>(m) * weight.n * weight.k, threads,
@@ -238,6 +244,7 @@ NB_MODULE(_native, m) {
   bind_program(m);
   m.def("pack", pack, Release());
   m.def("pack_int", pack_int, Release());
+  m.def("quantize", quantize, Release());
   m.def("linear", linear, Release());
   m.def("unpack_rows", unpack_rows, Release());
   m.def("attention", attention, Release());

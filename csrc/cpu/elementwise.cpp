@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "rotary.h"
 #include "vec.h"
 
 namespace sage::SAGE_ISA {
@@ -162,14 +163,7 @@ void rotary(const RotaryArgs& a, Team& team) {
       const float* sin = a.sin + a.positions[t] * a.half;
       for (int h = 0; h < a.heads; ++h) {
         float* x = a.x + t * a.x_stride + static_cast<std::ptrdiff_t>(h) * a.head_dim;
-        const int step = a.interleaved ? 2 : 1;
-        const int other = a.interleaved ? 1 : a.half;
-        for (int i = 0; i < a.half; ++i) {
-          const float first = x[i * step];
-          const float second = x[i * step + other];
-          x[i * step] = __builtin_fmaf(first, cos[i], -(second * sin[i]));
-          x[i * step + other] = __builtin_fmaf(second, cos[i], first * sin[i]);
-        }
+        rotate_head(x, x, cos, sin, a.half, a.interleaved != 0);
       }
     }
   });

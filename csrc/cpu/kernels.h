@@ -26,7 +26,9 @@ enum class Format : int { kF32 = 0, kBF16 = 1, kF16 = 2, kInt = 3 };
 
 // A matrix [n, k] packed for the kernels; the memory belongs to the caller.
 struct Weight {
-  const void* data;             // floats: [ceil(n / 16)][k][16], missing rows are zero; kInt: see there, linear_int.cpp
+  // f32, f16: [ceil(n / 16)][K][16], bf16: [ceil(n / 16)][K / 2][16][2], K = k rounded up to 16, zeros where nothing
+  // is; kInt: see codes.h
+  const void* data;
   const std::uint16_t* scales;  // kInt: f16, [ceil(n / 16)][groups][16]
   const std::uint16_t* mins;    // kInt: f16, subtracted, as scales; or null
   int n;
@@ -49,7 +51,7 @@ struct LinearArgs {
 
 struct PackArgs {
   const void* source;  // [n, k], row stride source_stride, elements of `type`
-  void* packed;        // [ceil(n / 16)][k][16]; missing rows are zero
+  void* packed;        // see Weight::data
   std::ptrdiff_t source_stride;
   int n;
   int k;
@@ -63,6 +65,17 @@ struct PackIntArgs {
   std::ptrdiff_t codes_stride;
 };
 
+// Symmetric rounding of floats to codes and scales, packed: bits, n, k and group are the weight's, and it has no
+// minima.
+struct QuantizeArgs {
+  const Weight* weight;  // the shape of what is packed; its addresses are not read
+  const void* source;    // [n, k], row stride source_stride, elements of `type`
+  void* packed;
+  std::uint16_t* scales;  // f16, [ceil(n / 16)][groups][16]; those of missing rows are not written
+  std::ptrdiff_t source_stride;
+  Element type;
+};
+
 // Rows of a packed matrix as floats: the embedding of tokens.
 struct UnpackRowsArgs {
   const Weight* weight;
@@ -71,7 +84,8 @@ struct UnpackRowsArgs {
   int num_rows;
 };
 
-// Causal attention over the paged cache [2, num_blocks, kv_heads, block_size, head_dim]; head_dim is a multiple of 16.
+// Causal attention over the paged cache [2, num_blocks, kv_heads, block_size, head_dim] in the order of kv_cache.h;
+// head_dim and block_size are multiples of 16.
 struct AttentionArgs {
   const float* q;  // [tokens, heads, head_dim], token stride q_stride
   const void* cache;
@@ -148,6 +162,12 @@ struct RotaryArgs {
   int interleaved;  // 1: pairs (2i, 2i+1); 0: pairs (i, i + half)
 };
 
+// Rotates queries in place and writes rotated keys, and values, to the cache; kv.k itself stays as it is.
+struct RotateAndCacheArgs {
+  RotaryArgs q;
+  CacheWriteArgs kv;
+};
+
 enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 // y[:, i] = act(x[:, i]), times x[:, size + i] where gated.
@@ -206,12 +226,14 @@ struct KernelTable {
   bool fast_fma;  // false: fused multiply-adds are library calls; right, but slower than torch
   void (*pack)(const PackArgs&, Team&);
   void (*pack_int)(const PackIntArgs&, Team&);
+  void (*quantize)(const QuantizeArgs&, Team&);
   void (*unpack_rows)(const UnpackRowsArgs&, Team&);
   void (*linear)(const LinearArgs&, Team&);
   void (*attention)(const AttentionArgs&, Team&);
   void (*write_cache)(const CacheWriteArgs&, Team&);
   void (*norm)(const NormArgs&, Team&);
   void (*rotary)(const RotaryArgs&, Team&);
+  void (*rotate_and_cache)(const RotateAndCacheArgs&, Team&);
   void (*layer_norm)(const LayerNormArgs&, Team&);
   void (*activate)(const ActivationArgs&, Team&);
   void (*soft_cap)(const SoftCapArgs&, Team&);

@@ -26,16 +26,15 @@ constexpr int kFetchAhead = 2048;
 struct F32Steps {
   using Line = V16;
   static constexpr int kLineBytes = 64;
-  static constexpr int kEntries = 1;  // of k a step
+  static constexpr int kSteps = kLanes;  // for sixteen entries of k
   SAGE_INLINE Line load_line(const char* p) { return load(reinterpret_cast<const float*>(p)); }
-  SAGE_INLINE V16 word(std::uint32_t w) { return set1(bits_to_float(w)); }
-  SAGE_INLINE V16 add(V16 x, Line w, V16 sums) { return fma(x, w, sums); }
-  // Sixteen entries of a row of x, or those of the last `steps` steps.
-  SAGE_INLINE void put(RowWords out, int step, int steps, V16 x) {
-    float words[kLanes];
-    store(words, x);
-    out.put(step, words, steps < kLanes ? steps : kLanes);
+  SAGE_INLINE V16 load_step(const char* x) {
+    float value;
+    std::memcpy(&value, x, sizeof value);
+    return set1(value);
   }
+  SAGE_INLINE V16 add(V16 x, Line w, V16 sums) { return fma(x, w, sums); }
+  SAGE_INLINE void put(char* out, V16 x) { store(reinterpret_cast<float*>(out), x); }
 };
 struct F16Steps : F32Steps {
   static constexpr int kLineBytes = 32;
@@ -44,37 +43,37 @@ struct F16Steps : F32Steps {
 struct BF16Steps {
   using Line = Pairs;
   static constexpr int kLineBytes = 64;
-  static constexpr int kEntries = 2;
+  static constexpr int kSteps = kLanes / 2;
   SAGE_INLINE Line load_line(const char* p) { return load_pairs(p); }
-  SAGE_INLINE Pairs word(std::uint32_t w) { return set1_pair(w); }
-  SAGE_INLINE V16 add(Pairs x, Line w, V16 sums) { return dot(x, w, sums); }
-  SAGE_INLINE void put(RowWords out, int step, int steps, V16 x) {
-    std::uint32_t words[kLanes / 2];
-    store_bf16(words, x);
-    out.put(step, words, steps < kLanes / 2 ? steps : kLanes / 2);
+  SAGE_INLINE Pairs load_step(const char* x) {
+    std::uint32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return set1_pair(pair);
   }
+  SAGE_INLINE V16 add(Pairs x, Line w, V16 sums) { return dot(x, w, sums); }
+  SAGE_INLINE void put(char* out, V16 x) { store_bf16(out, x); }
 };
 
 template <class S>
 struct Product {
   const LinearArgs& a;
   const Tiles& tiles;
-  const std::uint32_t* words;
-  int steps;
+  const Panel& panel;
+
+  static constexpr int kLeastPiece = 4;
+  static constexpr int kStepBytes = 4;
+  static constexpr int kChunkBytes = S::kSteps * kStepBytes;
 
   static constexpr int blocks_at_once(int rows) {
-#if defined(__AVX512F__)
-    return rows <= 4 ? 4 : 2;
-#else
+    if (kPanelRows > 4) return rows <= 4 ? 4 : 2;
     return rows == 1 ? 4 : rows == 2 ? 2 : 1;
-#endif
   }
 
-  std::size_t block_bytes() const { return static_cast<std::size_t>(steps) * S::kLineBytes; }
+  std::size_t block_bytes() const { return static_cast<std::size_t>(panel.chunks) * S::kSteps * S::kLineBytes; }
 
   template <int kRows, int kBlocks>
   SAGE_MEMBER void tile(int tile, int block) const {
-    const std::uint32_t* x = words + static_cast<std::size_t>(tile) * tiles.size * steps;
+    const char* x = panel.tile(tiles, tile);
     const char* w = static_cast<const char*>(a.weight->data) + block * block_bytes();
     V16 sums[kRows][kBlocks];
 #pragma GCC unroll 12
@@ -82,22 +81,25 @@ struct Product {
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) sums[r][b] = set1(0.0f);
     }
-    for (int s = 0; s < steps; ++s) {
-      typename S::Line lines[kBlocks];
+    for (int chunk = 0; chunk < panel.chunks; ++chunk) {
+#pragma GCC unroll 8
+      for (int s = 0; s < S::kSteps; ++s) {
+        typename S::Line lines[kBlocks];
 #pragma GCC unroll 4
-      for (int b = 0; b < kBlocks; ++b) {
-        const char* p = w + b * block_bytes();
-        __builtin_prefetch(p + kFetchAhead);
-        lines[b] = S::load_line(p);
-      }
+        for (int b = 0; b < kBlocks; ++b) {
+          const char* p = w + b * block_bytes() + s * S::kLineBytes;
+          __builtin_prefetch(p + kFetchAhead);
+          lines[b] = S::load_line(p);
+        }
 #pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const auto value = S::word(x[r]);
+        for (int r = 0; r < kRows; ++r) {
+          const auto value = S::load_step(x + r * kChunkBytes + s * kStepBytes);
 #pragma GCC unroll 4
-        for (int b = 0; b < kBlocks; ++b) sums[r][b] = S::add(value, lines[b], sums[r][b]);
+          for (int b = 0; b < kBlocks; ++b) sums[r][b] = S::add(value, lines[b], sums[r][b]);
+        }
       }
-      x += kRows;
-      w += S::kLineBytes;
+      x += kRows * kChunkBytes;
+      w += S::kSteps * S::kLineBytes;
     }
     store_tile<kRows, kBlocks>(a, tiles, tile, block, sums);
   }
@@ -106,18 +108,19 @@ struct Product {
 template <class S>
 void linear_as(const LinearArgs& a, Team& team) {
   const Tiles tiles(a.m);
-  const int steps = (a.weight->k + S::kEntries - 1) / S::kEntries;
-  auto* words = static_cast<std::uint32_t*>(panel_memory(tiles, team, sizeof(std::uint32_t) * tiles.words(steps)));
+  const int k = a.weight->k;
+  const int chunks = (k + kLanes - 1) / kLanes;
+  constexpr int kBytes = Product<S>::kChunkBytes;
+  const Panel panel{panel_memory(tiles, team, Panel::size(tiles, chunks, kBytes)), chunks, kBytes};
   each_row(tiles, team, [&](int r) {
-    const RowWords out = row_words(tiles, words, steps, r);
+    std::ptrdiff_t stride;
+    char* out = panel.row(tiles, r, stride);
     const float* x = a.x + r * a.x_stride;
-    for (int step = 0; step < steps; step += kLanes / S::kEntries) {
-      const int left = a.weight->k - step * S::kEntries;
-      const V16 values = r < a.m ? load_n(x + step * S::kEntries, left < kLanes ? left : kLanes) : set1(0.0f);
-      S::put(out, step, steps - step, values);
+    for (int i = 0; i < k; i += kLanes, out += stride) {
+      S::put(out, r < a.m ? load_n(x + i, k - i < kLanes ? k - i : kLanes) : set1(0.0f));
     }
   });
-  const Product<S> product{a, tiles, words, steps};
+  const Product<S> product{a, tiles, panel};
   each_tile_of(product, tiles, a.weight->n, product.block_bytes(), team);
 }
 

@@ -33,11 +33,8 @@ SAGE_INLINE std::size_t place(int k, int column) {
   return (static_cast<std::size_t>(k / n) * kLanes + column) * n + k % n;
 }
 
-template <class E>
-std::size_t block_size(int k) {
-  constexpr int n = kEntries<E>;
-  return static_cast<std::size_t>((k + n - 1) / n) * n * kLanes;
-}
+// Entries of a block: k is filled up with zeros to what the products take in one go.
+inline std::size_t block_size(int k) { return static_cast<std::size_t>((k + kLanes - 1) / kLanes * kLanes) * kLanes; }
 
 template <class E>
 void pack_as(const PackArgs& a, Team& team) {
@@ -45,8 +42,8 @@ void pack_as(const PackArgs& a, Team& team) {
   const auto* source = static_cast<const T*>(a.source);
   auto* packed = static_cast<T*>(a.packed);
   team.each((a.n + kLanes - 1) / kLanes, [&](int block) {
-    T* out = packed + block * block_size<E>(a.k);
-    std::memset(static_cast<void*>(out), 0, block_size<E>(a.k) * sizeof(T));
+    T* out = packed + block * block_size(a.k);
+    std::memset(static_cast<void*>(out), 0, block_size(a.k) * sizeof(T));
     for (int k0 = 0; k0 < a.k; k0 += 64) {  // a few lines of all columns at a time: what is written
                                             // stays in the cache
       for (int c = 0; c < kLanes; ++c) {
@@ -66,7 +63,7 @@ void unpack_rows_as(const UnpackRowsArgs& a, Team& team) {
   team.ranges(a.num_rows, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
       const std::int64_t row = a.rows[i];
-      const auto* block = packed + static_cast<std::size_t>(row / kLanes) * block_size<E>(k_all);
+      const auto* block = packed + static_cast<std::size_t>(row / kLanes) * block_size(k_all);
       float* y = a.y + static_cast<std::size_t>(i) * k_all;
       for (int k = 0; k < k_all; ++k) y[k] = E::get(block[place<E>(k, static_cast<int>(row % kLanes))]);
     }

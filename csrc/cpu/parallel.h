@@ -14,9 +14,15 @@ namespace sage {
 // `slot` 0 and 1 are two independent buffers. A later call with the same slot may move it.
 void* scratch(std::size_t bytes, int slot);
 
+// Threads of the largest team.
+inline constexpr int kMostThreads = 128;
+
 // What the threads of the running team share. One pool exists a process, and one team runs at a time.
 struct alignas(64) TeamState {
-  std::atomic<int> next{0};  // the next item of `each`
+  struct alignas(64) Counter {
+    std::atomic<int> taken{0};
+  };
+  Counter shares[kMostThreads];  // items of `each` already taken from each thread's share
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<unsigned> round{0};
   void* memory = nullptr;
@@ -43,29 +49,43 @@ class Team {
   // nothing between kernels.
   void* shared(std::size_t bytes);
 
-  // Runs body(item) for each item in [0, items) on some thread; items are handed out one by one, so that a slow thread
-  // delays nobody. Ends with a barrier.
+  // Runs body(item) for each item in [0, items) on some thread. A thread takes the items of its share, contiguous and
+  // near-equal to the others', one by one and in order, so that it reads memory as one stream; then what is left of
+  // the others' shares, so that a slow thread delays nobody. Ends with a barrier.
   template <class Body>
   void each(int items, const Body& body) {
     if (size == 1) {
       for (int i = 0; i < items; ++i) body(i);
       return;
     }
-    for (int i = take(); i < items; i = take()) body(i);
+    for (int i = 0; i < size; ++i) {
+      const int owner = rank + i < size ? rank + i : rank + i - size;
+      const int begin = share(items, owner);
+      const int count = share(items, owner + 1) - begin;
+      for (int item = take(owner, count); item < count; item = take(owner, count)) body(begin + item);
+    }
     barrier();
   }
 
   // Runs body(begin, end) on every thread over contiguous, near-equal ranges of [0, items). Ends with a barrier.
   template <class Body>
   void ranges(int items, const Body& body) {
-    const int begin = static_cast<int>(static_cast<long long>(items) * rank / size);
-    const int end = static_cast<int>(static_cast<long long>(items) * (rank + 1) / size);
+    const int begin = share(items, rank);
+    const int end = share(items, rank + 1);
     if (begin < end) body(begin, end);
     barrier();
   }
 
  private:
-  int take() { return state_.next.fetch_add(1, std::memory_order_relaxed); }
+  // Where the share of a thread begins.
+  int share(int items, int owner) const { return static_cast<int>(static_cast<long long>(items) * owner / size); }
+
+  int take(int owner, int count) {
+    std::atomic<int>& taken = state_.shares[owner].taken;
+    // A look first: whoever comes late need not write to a line that all share.
+    const int seen = taken.load(std::memory_order_relaxed);
+    return seen >= count ? seen : taken.fetch_add(1, std::memory_order_relaxed);
+  }
 
   TeamState& state_;
 };

@@ -121,7 +121,7 @@ void Team::barrier() {
   const unsigned round = state_.round.load(std::memory_order_relaxed);
   if (state_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     state_.arrived.store(0, std::memory_order_relaxed);
-    state_.next.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < size; ++i) state_.shares[i].taken.store(0, std::memory_order_relaxed);
     state_.round.store(round + 1, std::memory_order_release);
     state_.round.notify_all();
     return;
@@ -139,7 +139,7 @@ void* Team::shared(std::size_t bytes) {
 }
 
 void run_team(int threads, void (*entry)(void*, Team&), void* context) {
-  if (threads > 1) return pool().run(threads, entry, context);
+  if (threads > 1) return pool().run(threads < kMostThreads ? threads : kMostThreads, entry, context);
   thread_local TeamState alone;
   Team team(alone, 0, 1);
   entry(context, team);

@@ -1,10 +1,9 @@
 // What all products y = x W^T share: rows of x laid out for tiles, and the
 // order in which tiles are computed.
 //
-// Weights lie in blocks of sixteen columns. A step of a product is four bytes
-// of a row of x (one float, two bf16, four int8) times one line of a block, so
-// that one layout serves every format: rows are cut into tiles, and a tile's
-// words lie step by step, [steps][rows], which a kernel reads as one stream.
+// Weights lie in blocks of sixteen columns. A step of a product is four bytes of a row of x (one float, two bf16, four
+// int8) times one line of a block. Rows are cut into tiles, and a tile's rows lie chunk by chunk, [k / 16][rows][16],
+// which a kernel reads as one stream.
 #pragma once
 
 #include <cstddef>
@@ -39,56 +38,56 @@ struct Tiles {
     const int fewest = (m + kPanelRows - 1) / kPanelRows;
     size = filled((m + fewest - 1) / fewest);
     count = (m + size - 1) / size;
+    filled_rows = (count - 1) * size + filled(rows(count - 1));
   }
 
   int rows(int tile) const { return m - tile * size < size ? m - tile * size : size; }
-  std::size_t words(int steps) const { return static_cast<std::size_t>(count) * size * steps; }
 
   int m;
   int size;
   int count;
+  int filled_rows;  // of all tiles
 };
 
-// Where a row's words go: word s at first[s * stride].
-struct RowWords {
-  std::uint32_t* first;
-  int stride;
+// Entries of all rows, `bytes` for each `chunks` times: [tile][chunk][row of the tile][bytes].
+struct Panel {
+  char* data;
+  int chunks;
+  int bytes;
 
-  SAGE_MEMBER void put(int step, const void* words, int n) const {
-    if (stride == 1) {
-      std::memcpy(first + step, words, sizeof(std::uint32_t) * static_cast<std::size_t>(n));
-      return;
-    }
-    for (int i = 0; i < n; ++i) {
-      std::uint32_t word;
-      std::memcpy(&word, static_cast<const char*>(words) + sizeof word * i, sizeof word);
-      first[static_cast<std::ptrdiff_t>(step + i) * stride] = word;
-    }
+  static std::size_t size(const Tiles& tiles, int chunks, int bytes) {
+    return (static_cast<std::size_t>(tiles.filled_rows) * chunks * bytes + 63) / 64 * 64;
+  }
+
+  const char* tile(const Tiles& tiles, int t) const {
+    return data + static_cast<std::size_t>(t) * tiles.size * chunks * bytes;
+  }
+
+  // Where row r has chunk 0; chunk c is `stride` bytes times c further.
+  char* row(const Tiles& tiles, int r, std::ptrdiff_t& stride) const {
+    const int t = r / tiles.size;
+    stride = static_cast<std::ptrdiff_t>(filled(tiles.rows(t))) * bytes;
+    return const_cast<char*>(tile(tiles, t)) + r % tiles.size * bytes;
   }
 };
 
-// The words of row r of a panel.
-SAGE_INLINE RowWords row_words(const Tiles& tiles, std::uint32_t* words, int steps, int r) {
-  const int tile = r / tiles.size;
-  return {words + static_cast<std::size_t>(tile) * tiles.size * steps + r % tiles.size, filled(tiles.rows(tile))};
+SAGE_INLINE bool is_private(const Tiles& tiles, const Team& team) { return tiles.m <= kPrivateRows || team.size == 1; }
+
+// Memory for panels: a thread's own, or one that the team shares.
+SAGE_INLINE char* panel_memory(const Tiles& tiles, Team& team, std::size_t bytes) {
+  return static_cast<char*>(is_private(tiles, team) ? scratch(bytes, 0) : team.shared(bytes));
 }
 
-// Calls body(r) for all rows of the panel, the filling ones too, before anybody
-// uses them.
+// Calls body(r) for all rows of the panels, the filling ones too, before anybody reads them.
 template <class Body>
 SAGE_INLINE void each_row(const Tiles& tiles, Team& team, const Body& body) {
-  const int rows = (tiles.count - 1) * tiles.size + filled(tiles.rows(tiles.count - 1));
-  if (tiles.m <= kPrivateRows || team.size == 1) {
-    for (int r = 0; r < rows; ++r) body(r);
+  if (is_private(tiles, team)) {
+    for (int r = 0; r < tiles.filled_rows; ++r) body(r);
     return;
   }
-  team.ranges(rows, [&](int begin, int end) {
+  team.ranges(tiles.filled_rows, [&](int begin, int end) {
     for (int r = begin; r < end; ++r) body(r);
   });
-}
-
-SAGE_INLINE void* panel_memory(const Tiles& tiles, Team& team, std::size_t bytes) {
-  return tiles.m <= kPrivateRows || team.size == 1 ? scratch(bytes, 0) : team.shared(bytes);
 }
 
 // Calls body.operator()<rows>() with the number of rows of a tile as a
@@ -126,10 +125,11 @@ inline constexpr int kBandTiles = 24;
 template <class Product>
 void each_tile_of(const Product& product, const Tiles& tiles, int n, std::size_t block_bytes, Team& team) {
   const int blocks = (n + kLanes - 1) / kLanes;
-  int size = blocks / (team.size * 16) / 4 * 4;
-  const int most = tiles.count == 1 ? 64 : static_cast<int>(kPieceBytes / block_bytes) / 4 * 4;
+  constexpr int kLeast = Product::kLeastPiece;
+  int size = blocks / (team.size * 16);
+  const int most = tiles.count == 1 ? 64 : static_cast<int>(kPieceBytes / block_bytes);
   if (size > most) size = most;
-  if (size < 4) size = 4;
+  size = size < kLeast ? kLeast : size / kLeast * kLeast;
   const int pieces = (blocks + size - 1) / size;
   const int bands = (tiles.count + kBandTiles - 1) / kBandTiles;
   team.each(pieces * bands, [&](int item) {

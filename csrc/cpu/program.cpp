@@ -113,6 +113,7 @@ void Program::soft_cap(Slot x, float cap, Slot y) {
 
 void Program::rotate(Slot x, int heads, int head_dim, const float* cos, const float* sin, int half, bool interleaved) {
   use(x);
+  rotations_.push_back({x, heads, head_dim, cos, sin, half, interleaved, calls_.size()});
   record([=, this](const View& v, Team& team) {
     table_.rotary({v.at(x), cos, sin, v.step.positions, width(x), v.rows, heads, head_dim, half, interleaved}, team);
   });
@@ -120,11 +121,32 @@ void Program::rotate(Slot x, int heads, int head_dim, const float* cos, const fl
 
 void Program::store(Slot k, Slot val, const Cache& cache) {
   use(k), use(val);
+  if (store_rotated(k, val, cache)) return;
   record([=, this](const View& v, Team& team) {
     table_.write_cache({v.at(k), v.at(val), cache.data, v.step.slot_mapping, width(k), width(val), v.rows,
                         cache.kv_heads, cache.head_dim, cache.block_size, cache.num_blocks, cache.type},
                        team);
   });
+}
+
+bool Program::store_rotated(Slot k, Slot val, const Cache& cache) {
+  const std::size_t count = rotations_.size();
+  if (count < 2 || rotations_[count - 1].call + 1 != calls_.size()) return false;
+  const Rotation q = rotations_[count - 2], key = rotations_[count - 1];
+  const bool together = q.call + 1 == key.call && q.cos == key.cos && q.half == key.half &&
+                        q.interleaved == key.interleaved && q.head_dim == key.head_dim && key.x.buffer == k.buffer &&
+                        key.x.column == k.column && key.heads == cache.kv_heads;
+  if (!together) return false;
+  calls_.resize(q.call);
+  rotations_.clear();
+  record([=, this](const View& v, Team& team) {
+    table_.rotate_and_cache(
+        {{v.at(q.x), q.cos, q.sin, v.step.positions, width(q.x), v.rows, q.heads, q.head_dim, q.half, q.interleaved},
+         {v.at(k), v.at(val), cache.data, v.step.slot_mapping, width(k), width(val), v.rows, cache.kv_heads,
+          cache.head_dim, cache.block_size, cache.num_blocks, cache.type}},
+        team);
+  });
+  return true;
 }
 
 void Program::attention(Slot q, int heads, const Cache& cache, float scale, int window, float soft_cap, Slot y) {

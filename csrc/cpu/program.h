@@ -76,6 +76,7 @@ class Program {
   void activate(Slot x, Activation act, bool gated, Slot y);
   void soft_cap(Slot x, float cap, Slot y);
   void rotate(Slot x, int heads, int head_dim, const float* cos, const float* sin, int half, bool interleaved);
+  // Behind the rotations of the layer's queries and keys it makes one call of the three.
   void store(Slot k, Slot v, const Cache& cache);
   void attention(Slot q, int heads, const Cache& cache, float scale, int window, float soft_cap, Slot y);
   void take(Slot x, Slot y);
@@ -102,16 +103,28 @@ class Program {
 
     void reserve(int rows);
   };
+  struct Rotation {
+    Slot x;
+    int heads;
+    int head_dim;
+    const float* cos;
+    const float* sin;
+    int half;
+    bool interleaved;
+    std::size_t call;
+  };
   struct View;  // a step with its memory
   using Call = std::function<void(const View&, Team&)>;
 
   void use(Slot slot);
   int width(Slot slot) const { return buffers_[slot.buffer].width; }
   void record(Call call) { calls_.push_back(std::move(call)); }
+  bool store_rotated(Slot k, Slot val, const Cache& cache);
 
   const KernelTable& table_;
   std::vector<Buffer> buffers_ = {{0, 0, 0, 0, 0}};
   std::vector<Call> calls_;
+  std::vector<Rotation> rotations_;
   int take_ = -1;  // the call that is `take`
   int rows_out_ = -1;
   int samples_out_ = -1;

@@ -8,12 +8,14 @@ namespace sage::SAGE_ISA {
 
 void pack(const PackArgs&, Team&);
 void pack_int(const PackIntArgs&, Team&);
+void quantize(const QuantizeArgs&, Team&);
 void unpack_rows(const UnpackRowsArgs&, Team&);
 void linear(const LinearArgs&, Team&);
 void attention(const AttentionArgs&, Team&);
 void write_cache(const CacheWriteArgs&, Team&);
 void norm(const NormArgs&, Team&);
 void rotary(const RotaryArgs&, Team&);
+void rotate_and_cache(const RotateAndCacheArgs&, Team&);
 void layer_norm(const LayerNormArgs&, Team&);
 void activate(const ActivationArgs&, Team&);
 void soft_cap(const SoftCapArgs&, Team&);
@@ -28,8 +30,23 @@ constexpr bool kFastFma = false;
 #endif
 
 extern const KernelTable table;
-const KernelTable table = {
-    SAGE_TEXT(SAGE_ISA), kFastFma, pack,     pack_int, unpack_rows, linear, attention, write_cache, norm, rotary,
-    layer_norm,          activate, soft_cap, add,      argmax,      gather};
+const KernelTable table = {SAGE_TEXT(SAGE_ISA),
+                           kFastFma,
+                           pack,
+                           pack_int,
+                           quantize,
+                           unpack_rows,
+                           linear,
+                           attention,
+                           write_cache,
+                           norm,
+                           rotary,
+                           rotate_and_cache,
+                           layer_norm,
+                           activate,
+                           soft_cap,
+                           add,
+                           argmax,
+                           gather};
 
 }  // namespace sage::SAGE_ISA

@@ -1,39 +1,52 @@
-// The one inner loop of all matrix products: a register tile of rows times groups of sixteen columns.
+// The inner loop of attention: a register tile of rows times groups of sixteen columns.
 #pragma once
 
 #include <cstddef>
 
-#include "vec.h"
+#include "kv_cache.h"
 
 namespace sage::SAGE_ISA {
 
-// Rows of the largest tile. With it the sums, one row of weights and one value fill the sixteen registers of AVX2.
-inline constexpr int kTileRows = 6;
+// Rows of the largest tile.
+#if defined(__AVX512F__)
+inline constexpr int kTileRows = 7;
+#elif defined(__AVX2__)
+inline constexpr int kTileRows = 4;
+#else
+inline constexpr int kTileRows = 2;
+#endif
 
-// Where the sixteen-column groups of the right-hand matrix stand: entry k of group b starts at b * group + k * step.
-struct Layout {
-  std::ptrdiff_t step;
-  std::ptrdiff_t group;
-};
+// Groups of columns that so many rows compute side by side: their sums and columns fill the registers.
+template <class E>
+constexpr int tile_groups(int rows) {
+#if defined(__AVX512F__)
+  return sizeof(typename E::Columns) == sizeof(V16) || rows <= 2 ? 4 : 2;
+#elif defined(__AVX2__)
+  return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+#else
+  return rows < 0 ? 0 : 1;
+#endif
+}
 
-// sums[r][b] += x[r * x_stride + k] * w(k, b) for k = 0, 1, ... in this order.
-// kAhead > 0 fetches that many bytes ahead of the reads: for a w that comes from memory and is used once.
-template <class W, int kRows, int kGroups, int kAhead>
-SAGE_INLINE void multiply(V16 (&sums)[kRows][kGroups], const float* x, std::ptrdiff_t x_stride, const typename W::T* w,
-                          Layout layout, int count) {
+// sums[r][b] += word k of row r times columns k of group b, for k = 0, 1, ... in this order. Word k of row r stands at
+// words[k * kWordStep + r * kRowStep], columns k of group b at columns[b] + k * step. With every step of group b goes a
+// request for the line at ahead[b] + k * ahead_step: blocks lie anywhere, so nobody else foresees them.
+template <class E, int kRows, int kGroups, int kWordStep, int kRowStep>
+SAGE_INLINE void multiply(V16 (&sums)[kRows][kGroups], const typename E::Word* words,
+                          const typename E::T* const (&columns)[kGroups], std::ptrdiff_t step,
+                          const typename E::T* const (&ahead)[kGroups], std::ptrdiff_t ahead_step, int count) {
   for (int k = 0; k < count; ++k) {
-    V16 columns[kGroups];
-#pragma GCC unroll 8
+    typename E::Columns group[kGroups];
+#pragma GCC unroll 4
     for (int b = 0; b < kGroups; ++b) {
-      const typename W::T* p = w + b * layout.group + k * layout.step;
-      if constexpr (kAhead > 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
-      columns[b] = W::load16(p);
+      group[b] = E::columns(columns[b] + k * step);
+      __builtin_prefetch(ahead[b] + k * ahead_step, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V16 value = set1(x[r * x_stride + k]);
-#pragma GCC unroll 8
-      for (int b = 0; b < kGroups; ++b) sums[r][b] = fma(value, columns[b], sums[r][b]);
+      const typename E::Word word = words[k * kWordStep + r * kRowStep];
+#pragma GCC unroll 4
+      for (int b = 0; b < kGroups; ++b) sums[r][b] = E::multiply(word, group[b], sums[r][b]);
     }
   }
 }
@@ -41,31 +54,30 @@ SAGE_INLINE void multiply(V16 (&sums)[kRows][kGroups], const float* x, std::ptrd
 // Calls body.operator()<rows>() with the number of rows as a constant, 1 to kTileRows.
 template <class Body>
 SAGE_INLINE void with_rows(int rows, const Body& body) {
+#define SAGE_CASE(n)                                                    \
+  case n:                                                               \
+    if constexpr (n <= kTileRows) return body.template operator()<n>(); \
+    break
   switch (rows) {
-    case 1:
-      return body.template operator()<1>();
-    case 2:
-      return body.template operator()<2>();
-    case 3:
-      return body.template operator()<3>();
-    case 4:
-      return body.template operator()<4>();
-    case 5:
-      return body.template operator()<5>();
-    default:
-      return body.template operator()<kTileRows>();
+    SAGE_CASE(1);
+    SAGE_CASE(2);
+    SAGE_CASE(3);
+    SAGE_CASE(4);
+    SAGE_CASE(5);
+    SAGE_CASE(6);
+    SAGE_CASE(7);
   }
+#undef SAGE_CASE
 }
 
-// Cuts `rows` into near-equal tiles of at most kTileRows (seven rows are 4 + 3, not 6 + 1) and calls body(first,
-// count).
-template <class Body>
-SAGE_INLINE void each_tile(int rows, const Body& body) {
-  const int tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int t = 0; t < tiles; ++t) {
-    const int first = rows * t / tiles;
-    body(first, rows * (t + 1) / tiles - first);
-  }
-}
+// Near-equal tiles of at most kTileRows rows: eight rows are 4 + 4, not 7 + 1.
+struct RowTiles {
+  explicit RowTiles(int rows) : rows(rows), count((rows + kTileRows - 1) / kTileRows) {}
+  int first(int tile) const { return rows * tile / count; }
+  int size(int tile) const { return first(tile + 1) - first(tile); }
+
+  int rows;
+  int count;
+};
 
 }  // namespace sage::SAGE_ISA

@@ -257,11 +257,27 @@ SAGE_INLINE float reduce_add(V16 a) {
 }
 
 SAGE_INLINE float reduce_max(V16 a) {
-  float t[16];
-  store(t, a);
-  float best = t[0];
-  for (int i = 1; i < 16; ++i) best = best > t[i] ? best : t[i];
-  return best;
+#if defined(__AVX2__)
+  const __m256 eight = _mm256_max_ps(low(a), high(a));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+  float t[8];
+  for (int i = 0; i < 8; ++i) t[i] = a.v[i] > a.v[i + 8] ? a.v[i] : a.v[i + 8];
+  for (int i = 0; i < 4; ++i) t[i] = t[i] > t[i + 4] ? t[i] : t[i + 4];
+  for (int i = 0; i < 2; ++i) t[i] = t[i] > t[i + 2] ? t[i] : t[i + 2];
+  return t[0] > t[1] ? t[0] : t[1];
+#endif
+}
+
+// a * 2^n for whole n: exact where the result is normal.
+SAGE_INLINE V16 times_power_of_two(V16 a, V16 n) {
+#if defined(__AVX512F__)
+  return {_mm512_scalef_ps(a.v, n.v)};
+#else
+  return a * power_of_two(max(n, set1(-126.0f)));
+#endif
 }
 
 // e^x within 2 ulp (Cephes' polynomial); exactly 0 below -87.33, infinite

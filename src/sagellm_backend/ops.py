@@ -189,6 +189,7 @@ class OpTable:
     """
 
     pack_linear: Callable[[Tensor | QuantizedTensor], PackedLinear]
+    quantize_linear: Callable[[Tensor, int, int], PackedLinear]
     linear: LinearOp
     embedding: Callable[[Tensor, Tensor | PackedLinear, torch.dtype], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]

@@ -148,10 +148,6 @@ class BackendProvider(ABC):
         """The packed weight that `PackedLinear.to_buffers` took apart, where `packed_layout` is the same."""
         raise UnsupportedError(f"backend {self.kind!r} does not keep packed weights")
 
-    def empty_weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory for a buffer of a packed weight."""
-        return torch.empty(shape, dtype=dtype)
-
     def compile_rows(self, function: RowsFunction, width: int) -> RowsFunction:
         """As `compile_step` for a function of rows: `function(x [R, width]) -> [R, ...]`."""
         del width

@@ -55,6 +55,22 @@ class QuantizedTensor:
                     field=name,
                 )
 
+    @classmethod
+    def round(cls, weight: Tensor, bits: int, group_size: int) -> QuantizedTensor:
+        """Symmetric rounding of a float matrix [N, K].
+
+        The scale of a group is its largest magnitude / (2^(bits - 1) - 1), rounded to float16 before it divides, so
+        that what is stored is what was divided by; codes are round(weight / scale) + offset, ties to even.
+        """
+        n, k = weight.shape
+        largest = (1 << (bits - 1)) - 1
+        groups = torch.nn.functional.pad(weight.float(), (0, -k % group_size)).view(n, -1, group_size)
+        scales = (groups.abs().amax(-1) / largest).half()
+        divisors = scales.float().unsqueeze(-1)
+        whole = torch.where(divisors > 0, groups / divisors, 0.0).round_().clamp_(-largest, largest)
+        codes = (whole + (largest + 1)).to(torch.uint8).flatten(1)[:, :k]
+        return cls(codes, scales, None, bits, group_size)
+
     @property
     def format(self) -> str:
         """Its name for people."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sagellm_backend import AttentionMetadata, reference
@@ -14,10 +17,20 @@ if TYPE_CHECKING:
     from sagellm_backend.cpu.native import NativeOps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# float32 products stay float32; for a bfloat16 cache queries and weights are rounded to 8 bits.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-5}
+
+
+@dataclasses.dataclass
+class Options:
+    """What the attention ops take beside the tensors."""
+
+    sliding_window: int = 0
+    soft_cap: float = 0.0
 
 
 class Requests:
-    """Requests with their whole queries, keys and values, and a paged cache for them filled with garbage."""
+    """Requests with their whole queries, keys and values, and paged caches for them filled with garbage."""
 
     def __init__(
         self,
@@ -36,9 +49,10 @@ class Requests:
         counts = [-(-n // block_size) for n in lens]
         order = torch.randperm(sum(counts) + 1, generator=generator).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in counts]
-        self.cache = torch.full((2, sum(counts) + 1, heads[1], block_size, head_dim), float("nan"), dtype=dtype)
+        garbage = torch.full((2, sum(counts) + 1, heads[1], block_size, head_dim), float("nan"), dtype=dtype)
+        self.cache, self.plain_cache = garbage, garbage.clone()
 
-    def step(self, ops: object, parts: list[tuple[int, int, int]], **options: float) -> list[Tensor]:
+    def step(self, ops: object, parts: list[tuple[int, int, int]], options: Options | None = None) -> list[Tensor]:
         """Write and attend tokens start..end of each (request, start, end), single tokens first; their rows."""
         meta = AttentionMetadata.build(
             query_lens=[end - start for _, start, end in parts],
@@ -47,72 +61,178 @@ class Requests:
             block_size=self.block_size,
         )
         q, k, v = (torch.cat([t[r][start:end] for r, start, end in parts]) for t in (self.q, self.k, self.v))
-        ops.reshape_and_cache(k, v, self.cache, meta.slot_mapping)  # type: ignore[attr-defined]
-        out = ops.paged_attention(q, self.cache, meta, self.scale, **options)  # type: ignore[attr-defined]
+        cache = self.plain_cache if ops is reference else self.cache
+        ops.reshape_and_cache(k, v, cache, meta.slot_mapping)  # type: ignore[attr-defined]
+        kwargs = dataclasses.asdict(options or Options())
+        out = ops.paged_attention(q, cache, meta, self.scale, **kwargs)  # type: ignore[attr-defined]
         return list(torch.split(out, [end - start for _, start, end in parts]))
 
-    def whole(self, ops: object, **options: float) -> list[Tensor]:
+    def whole(self, ops: object, options: Options | None = None) -> list[Tensor]:
         """All requests at once, each in one piece."""
         order = sorted(range(len(self.lens)), key=lambda r: self.lens[r] != 1)
-        rows = self.step(ops, [(r, 0, self.lens[r]) for r in order], **options)
+        rows = self.step(ops, [(r, 0, self.lens[r]) for r in order], options)
         return [rows[order.index(r)] for r in range(len(order))]
+
+    def in_chunks(self, ops: object, sizes: list[int], options: Options | None = None) -> list[Tensor]:
+        """All requests side by side, request r in chunks of `sizes[r]` tokens."""
+        rows: list[list[Tensor]] = [[] for _ in self.lens]
+        done = [0] * len(self.lens)
+        while any(start < n for start, n in zip(done, self.lens, strict=True)):
+            live = [r for r, n in enumerate(self.lens) if done[r] < n]
+            parts = [(r, done[r], min(self.lens[r], done[r] + sizes[r])) for r in live]
+            parts.sort(key=lambda part: part[2] - part[1] != 1)
+            for (r, _, end), part in zip(parts, self.step(ops, parts, options), strict=True):
+                rows[r].append(part)
+                done[r] = end
+        return [torch.cat(parts) for parts in rows]
+
+
+def plain_order(cache: Tensor) -> Tensor:
+    """The numbers of a native cache where the reference has them; see csrc/cpu/kv_cache.h."""
+    _, blocks, heads, size, dim = cache.shape
+    pair = 2 if cache.dtype is torch.bfloat16 else 1
+    keys = cache[0].view(blocks, heads, dim // pair, size, pair).permute(0, 1, 3, 2, 4)
+    values = cache[1].view(blocks, heads, size // pair, dim, pair).permute(0, 1, 2, 4, 3)
+    return torch.stack([part.reshape(blocks, heads, size, dim) for part in (keys, values)])
+
+
+def assert_close(rows: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for mine, theirs in zip(rows, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", [(4, 4), (6, 1), (14, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 1), (14, 2), (11, 1)], ids=str)
 def test_it_is_the_reference(ops: NativeOps, heads: tuple[int, int], dtype: torch.dtype) -> None:
     lens = [1, 3, 40] if ops.name == "generic" else [1, 3, 40, 600]
     requests = Requests(lens, heads=heads, dtype=dtype)
-    for rows, expected in zip(requests.whole(ops), requests.whole(reference), strict=True):
-        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+    assert_close(requests.whole(ops), requests.whole(reference), dtype)
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 80, 128])
+def test_bfloat16_rounds_queries_and_weights_and_nothing_else(ops: NativeOps) -> None:
+    """One visible token: the weight is 1 and the result its value. Two: queries rounded before, weights after."""
+    requests = Requests([1, 2], heads=(2, 1), head_dim=32, dtype=torch.bfloat16)
+    one, two = requests.whole(ops)
+    assert torch.equal(one, requests.v[0].bfloat16().float().expand_as(one))
+    q, k, v = (t[1].bfloat16().double() for t in (requests.q, requests.k, requests.v))
+    scores = torch.einsum("hd,nhd->hn", q[1], k.expand(2, 2, 32)) * requests.scale
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True)).bfloat16().double()
+    expected = torch.einsum("hn,nhd->hd", weights / weights.sum(-1, keepdim=True), v.expand(2, 2, 32))
+    torch.testing.assert_close(two[1].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 128])
 @pytest.mark.parametrize(
-    "options",
-    [{"sliding_window": 7}, {"sliding_window": 260}, {"soft_cap": 5.0}, {"sliding_window": 30, "soft_cap": 2.0}],
-    ids=str,
+    "options", [Options(7), Options(260), Options(soft_cap=5.0), Options(30, 2.0)], ids=lambda o: str(vars(o))
 )
-def test_windows_and_caps(ops: NativeOps, head_dim: int, options: dict[str, float]) -> None:
-    requests = Requests([1, 50] if ops.name == "generic" else [1, 300], head_dim=head_dim)
-    for rows, expected in zip(requests.whole(ops, **options), requests.whole(reference, **options), strict=True):
-        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+def test_windows_and_caps(ops: NativeOps, head_dim: int, options: Options, dtype: torch.dtype) -> None:
+    requests = Requests([1, 50] if ops.name == "generic" else [1, 300], head_dim=head_dim, dtype=dtype)
+    assert_close(requests.whole(ops, options), requests.whole(reference, options), dtype)
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 40, "soft_cap": 3.0}], ids=str)
+@pytest.mark.parametrize("block_size", [8, 16, 40, 64])
+@pytest.mark.parametrize("head_dim", [8, 32])
+def test_shapes_that_no_kernel_takes_go_to_the_reference(ops: NativeOps, head_dim: int, block_size: int) -> None:
+    requests = Requests([1, 70], head_dim=head_dim, block_size=block_size)
+    assert_close(requests.whole(ops), requests.whole(reference), torch.float32)
+
+
+@pytest.mark.parametrize("options", [Options(), Options(40, 3.0)], ids=["all", "window"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_instruction_sets_agree_to_the_bit(
-    ops: NativeOps, portable_ops: NativeOps, dtype: torch.dtype, options: dict[str, float]
+    ops: NativeOps, portable_ops: NativeOps, dtype: torch.dtype, options: Options
 ) -> None:
-    requests = Requests([1, 60, 270], heads=(3, 1), head_dim=16, dtype=dtype)
-    rows = requests.whole(ops, **options)
+    requests = Requests([1, 60, 271], heads=(3, 1), head_dim=48, dtype=dtype)
+    rows = requests.whole(ops, options)
     written = requests.cache.clone()
-    assert all(map(torch.equal, rows, requests.whole(portable_ops, **options)))
+    assert all(map(torch.equal, rows, requests.whole(portable_ops, options)))
     assert torch.equal(written.nan_to_num(), requests.cache.nan_to_num())
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 33}], ids=str)
-@pytest.mark.parametrize("block_size", [8, 16, 40])
-def test_company_chunks_and_blocks_change_nothing(ops: NativeOps, block_size: int, options: dict[str, float]) -> None:
-    lens = [70, 20] if ops.name == "generic" else [530, 90]
-    alone = [Requests(lens, block_size=16).step(ops, [(r, 0, n)], **options)[0] for r, n in enumerate(lens)]
+def test_long_contexts_agree_to_the_bit_on_all_instruction_sets(ops: NativeOps, portable_ops: NativeOps) -> None:
+    """Segments are merged, by one thread or by several."""
+    requests = Requests([2600], heads=(4, 2), head_dim=32, dtype=torch.bfloat16)
+    step = [(0, 2597, 2600)]
+    requests.step(ops, [(0, 0, 2597)] if ops.name != "generic" else [(0, 2590, 2597)])
+    requests.cache.nan_to_num_(0.5)
+    torch.set_num_threads(1)
+    alone = requests.step(portable_ops, step)[0]
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        assert torch.equal(requests.step(ops, step)[0], alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [Options(), Options(33), Options(1500)], ids=lambda o: f"window={o.sliding_window}")
+@pytest.mark.parametrize("block_size", [16, 32, 48])
+def test_company_chunks_and_blocks_change_nothing(
+    ops: NativeOps, block_size: int, options: Options, dtype: torch.dtype
+) -> None:
+    lens = [70, 20] if ops.name == "generic" else [2300, 90]
+    alone = [Requests(lens, dtype=dtype).step(ops, [(r, 0, n)], options)[0] for r, n in enumerate(lens)]
     for chunk in (1, 7, 64):
-        requests = Requests(lens, block_size=block_size)
+        requests = Requests(lens, block_size=block_size, dtype=dtype)
         last = lens[0] - chunk
-        requests.step(ops, [(0, 0, last)], **options)  # a prefill, then a chunk in company
+        requests.step(ops, [(0, 0, last)], options)  # a prefill, then a chunk in company
         pieces = [(0, last, lens[0]), (1, 0, lens[1])]
-        first, second = requests.step(ops, pieces, **options)
+        first, second = requests.step(ops, pieces, options)
         assert torch.equal(first, alone[0][last:])
         assert torch.equal(second, alone[1])
 
 
-def test_the_number_of_threads_changes_nothing(ops: NativeOps) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_decode_is_the_same_alone_and_among_sixty_four(ops: NativeOps, dtype: torch.dtype) -> None:
+    most = 60 if ops.name == "generic" else 1300
+    lens = [1 + most * r // 63 for r in range(64)]
+    requests = Requests(lens, heads=(7, 1), head_dim=16, dtype=dtype)
+    requests.whole(ops)
+    together = requests.step(ops, [(r, n - 1, n) for r, n in enumerate(lens)])
+    for r in (0, 1, 31, 62, 63):
+        assert torch.equal(requests.step(ops, [(r, lens[r] - 1, lens[r])])[0], together[r])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_nothing(ops: NativeOps, dtype: torch.dtype) -> None:
+    lens = [120, 200] if ops.name == "generic" else [1400, 300]
     results = []
-    for threads in (1, 2, 5):
+    for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
-        results.append(Requests([120, 200], heads=(4, 1)).whole(ops))
+        requests = Requests(lens, heads=(4, 1), dtype=dtype)
+        results.append(requests.whole(ops) + requests.step(ops, [(0, lens[0] - 1, lens[0])]))
     for rows in results[1:]:
         assert all(map(torch.equal, rows, results[0]))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lens=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    chunks=st.lists(st.integers(1, 50), min_size=4, max_size=4),
+    group=st.integers(1, 9),
+    kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([16, 32, 80]),
+    block_size=st.sampled_from([16, 48]),
+    dtype=st.sampled_from(DTYPES),
+    options=st.builds(Options, st.sampled_from([0, 1, 2, 17, 64]), st.sampled_from([0.0, 4.0])),
+)
+def test_any_chunking_of_any_batch_is_the_reference(
+    lens: list[int],
+    chunks: list[int],
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    options: Options,
+) -> None:
+    native = pytest.importorskip("sagellm_backend.cpu.native")
+    ops = native.FASTEST
+    heads = (group * kv_heads, kv_heads)
+    requests = Requests(lens, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    whole = requests.whole(ops, options)
+    assert_close(whole, requests.whole(reference, options), dtype)
+    again = Requests(lens, heads=heads, head_dim=head_dim, block_size=16, dtype=dtype)
+    assert all(map(torch.equal, again.in_chunks(ops, chunks, options), whole))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,7 +245,7 @@ def test_cache_writes_round_like_torch(ops: NativeOps, dtype: torch.dtype) -> No
     mine, theirs = (torch.zeros(2, 3, 2, 16, 16, dtype=dtype) for _ in range(2))
     ops.reshape_and_cache(k, v, mine, slots)
     reference.reshape_and_cache(k, v, theirs, slots)
-    assert torch.equal(mine, theirs)
+    assert torch.equal(plain_order(mine), theirs)
 
 
 def test_queries_keys_and_values_may_be_slices_of_a_fused_row(ops: NativeOps) -> None:
@@ -133,8 +253,9 @@ def test_queries_keys_and_values_may_be_slices_of_a_fused_row(ops: NativeOps) ->
     q, k, v = (part.view(9, -1, 16) for part in fused.split([64, 32, 32], dim=1))
     meta = AttentionMetadata.build(query_lens=[9], context_lens=[9], block_tables=[[1]], block_size=16)
     results = []
-    for tensors in ((q, k, v), (q.contiguous(), k.contiguous(), v.contiguous())):
+    for tensors in ((q, k, v), (q.contiguous(), k.contiguous(), v.contiguous()), (q.double(), k.double(), v.double())):
         cache = torch.zeros(2, 2, 2, 16, 16)
         ops.reshape_and_cache(tensors[1], tensors[2], cache, meta.slot_mapping)
         results.append(ops.paged_attention(tensors[0], cache, meta, 0.25))
-    assert torch.equal(*results)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0].double(), results[2])

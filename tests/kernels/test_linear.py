@@ -84,7 +84,7 @@ def test_the_weight_may_be_a_slice_of_wider_rows(ops: NativeOps) -> None:
 def test_the_packed_weight_says_what_it_is(ops: NativeOps) -> None:
     packed = ops.pack_linear(torch.ones(33, 20, dtype=torch.bfloat16))
     assert (packed.in_features, packed.out_features, packed.dtype) == (20, 33, torch.bfloat16)
-    assert packed.nbytes == 48 * 20 * 2  # columns come in groups of sixteen
+    assert packed.nbytes == 48 * 32 * 2  # columns come in blocks of sixteen, and so do their entries
 
 
 def test_what_it_does_not_cover_goes_to_the_reference(ops: NativeOps) -> None:

@@ -156,6 +156,29 @@ def test_an_embedding_is_the_dequantized_row(ops: NativeOps, bits: int, group: i
     assert torch.equal(ops.embedding(ids, ops.pack_linear(weight), torch.bfloat16), expected.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64), (4, 128), (6, 16), (5, 32), (8, 32)])
+def test_rounding_and_packing_in_one_go(ops: NativeOps, bits: int, group: int, dtype: torch.dtype) -> None:
+    for n, k in SHAPES:
+        weight = (torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.02).to(dtype)
+        weight[n // 2] = 0
+        weight[0, : k // 2] *= 1e-6  # scales that are subnormal in half precision, or zero
+        size = group or k
+        packed = ops.quantize_linear(weight, bits, size).to_buffers()[0]
+        expected = ops.pack_linear(QuantizedTensor.round(weight, bits, size)).to_buffers()[0]
+        assert packed.keys() == expected.keys()
+        assert all(torch.equal(packed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 96), (4, 32), (4, 24)])
+def test_rounding_without_a_kernel(ops: NativeOps, bits: int, group: int) -> None:
+    weight, x = torch.randn(20, 96), rows(3, 96)
+    expected = reference.linear(x, reference.quantize_linear(weight, bits, group))
+    for same in (weight, weight.double(), weight.T.contiguous().T):
+        y = ops.linear(x, ops.quantize_linear(same, bits, group))
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-5)
+
+
 def test_the_packed_weight_says_what_it_is(ops: NativeOps) -> None:
     packed = ops.pack_linear(quantized(33, 96, 4, 32, minima=True))
     assert (packed.in_features, packed.out_features, packed.dtype) == (96, 33, torch.uint8)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from sagellm_backend import _native, reference
 from sagellm_backend.attention import AttentionMetadata
-from sagellm_backend.cpu.packed import TYPES, NativePackedLinear, is_packable, pack, pack_quantized
+from sagellm_backend.cpu.packed import TYPES, NativePackedLinear, is_packable, pack, pack_quantized, quantize
+from sagellm_backend.cpu.paged_cache import kernel_cache
 from sagellm_backend.cpu.step_program import recordable
 from sagellm_backend.ops import OPS, Approximation, OpRegistry, PackedLinear
 from sagellm_backend.quantized import QuantizedTensor
 
-_LANES = 16
 SILU = 0
 GELU: dict[Approximation, int] = {"tanh": 1, "none": 2}
 PRIORITY = 20
@@ -37,6 +37,7 @@ class NativeOps:
         """Offer these ops to CPU backends."""
         for op in (
             "pack_linear",
+            "quantize_linear",
             "linear",
             "embedding",
             "rms_norm",
@@ -58,10 +59,18 @@ class NativeOps:
     def pack_linear(self, weight: Tensor | QuantizedTensor) -> PackedLinear:
         """See `reference.pack_linear`. The packed form is a copy: the caller may drop its tensor."""
         if isinstance(weight, QuantizedTensor):
-            return pack_quantized(weight, self.isa) if is_packable(weight) else reference.pack_linear(weight)
+            packable = is_packable(weight.shape[1], weight.bits, weight.group_size)
+            return pack_quantized(weight, self.isa) if packable else reference.pack_linear(weight)
         if weight.dim() != 2 or weight.dtype not in TYPES or weight.stride(1) != 1:
             return reference.pack_linear(weight)
         return pack(weight, self.isa)
+
+    def quantize_linear(self, weight: Tensor, bits: int, group_size: int) -> PackedLinear:
+        """See `reference.quantize_linear`."""
+        readable = weight.dim() == 2 and weight.dtype in TYPES and weight.stride(1) == 1
+        if not readable or not is_packable(weight.shape[1], bits, group_size):
+            return self.pack_linear(QuantizedTensor.round(weight, bits, group_size))
+        return quantize(weight, bits, group_size, self.isa)
 
     def linear(self, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
         """See `reference.linear`; the sums are in float32, whatever the weight is stored in."""
@@ -220,17 +229,20 @@ class NativeOps:
     # ---- the paged cache ------------------------------------------------------------------------------
 
     def reshape_and_cache(self, k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-        """See `reference.reshape_and_cache`."""
-        if kv_cache.dtype not in TYPES or not kv_cache.is_contiguous() or not (_heads_fit(k) and _heads_fit(v)):
+        """See `reference.reshape_and_cache`; within a block the numbers stand in the order that the kernels read."""
+        cache = kernel_cache(kv_cache)
+        if cache is None:
             reference.reshape_and_cache(k, v, kv_cache, slot_mapping)
             return
-        _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
+        address, num_blocks, num_kv_heads, head_dim, block_size, kind = cache
+        assert k.shape == v.shape == (len(slot_mapping), num_kv_heads, head_dim), (k.shape, v.shape, kv_cache.shape)
         assert slot_mapping.dtype is torch.int64, slot_mapping.dtype
+        k, v = _as_heads(k), _as_heads(v)
         _native.write_cache(
             self.isa,
             k.data_ptr(),
             v.data_ptr(),
-            kv_cache.data_ptr(),
+            address,
             slot_mapping.contiguous().data_ptr(),
             k.stride(0),
             v.stride(0),
@@ -239,7 +251,7 @@ class NativeOps:
             head_dim,
             block_size,
             num_blocks,
-            TYPES[kv_cache.dtype],
+            kind,
             _num_threads(),
         )
 
@@ -254,15 +266,19 @@ class NativeOps:
         soft_cap: float = 0.0,
     ) -> Tensor:
         """See `reference.paged_attention`."""
-        _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
-        if kv_cache.dtype not in TYPES or head_dim % _LANES or not kv_cache.is_contiguous() or not _heads_fit(q):
+        cache = kernel_cache(kv_cache)
+        if cache is None:
             return reference.paged_attention(q, kv_cache, meta, scale, sliding_window=sliding_window, soft_cap=soft_cap)
+        address, num_blocks, num_kv_heads, head_dim, block_size, kind = cache
+        assert q.shape[1] % num_kv_heads == 0, (q.shape, kv_cache.shape)
+        assert q.shape[2] == head_dim, (q.shape, kv_cache.shape)
         block_tables = meta.block_tables.contiguous()
+        dtype, q = q.dtype, _as_heads(q)
         out = torch.empty(q.shape)
         _native.attention(
             self.isa,
             q.data_ptr(),
-            kv_cache.data_ptr(),
+            address,
             out.data_ptr(),
             meta.query_start_loc.data_ptr(),
             meta.context_lens.data_ptr(),
@@ -278,10 +294,10 @@ class NativeOps:
             scale,
             sliding_window,
             soft_cap,
-            TYPES[kv_cache.dtype],
+            kind,
             _num_threads(),
         )
-        return out
+        return out.to(dtype)
 
 
 def supported_isas() -> list[str]:
@@ -292,6 +308,11 @@ def supported_isas() -> list[str]:
 def _heads_fit(x: Tensor) -> bool:
     """Whether `x [T, H, D]` is float32 with its heads next to each other (a slice of a fused row is fine)."""
     return x.dtype is torch.float32 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
+def _as_heads(x: Tensor) -> Tensor:
+    """`x`, or a copy of it, as the cache kernels read it."""
+    return x if _heads_fit(x) else x.float().contiguous()
 
 
 def _num_threads() -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sagellm_backend import _native
+from sagellm_backend.cpu.memory import WEIGHTS
 from sagellm_backend.ops import PackedLinear
 from sagellm_backend.quantized import QuantizedTensor, format_name
 
@@ -76,7 +77,7 @@ def restore(buffers: dict[str, Tensor], description: dict[str, Any]) -> NativePa
 def pack(weight: Tensor, isa: int) -> NativePackedLinear:
     """A float matrix [N, K], rows contiguous, in its own dtype."""
     n, k = weight.shape
-    data = torch.empty(-(-n // _LANES), -(-k // _LANES) * _LANES, _LANES, dtype=weight.dtype)
+    data = WEIGHTS.empty((-(-n // _LANES), -(-k // _LANES) * _LANES, _LANES), weight.dtype)
     packed = NativePackedLinear({"data": data}, weight.dtype, k, n)
     _native.pack(
         isa, weight.data_ptr(), data.data_ptr(), weight.stride(0), n, k, TYPES[weight.dtype], torch.get_num_threads()
@@ -84,34 +85,47 @@ def pack(weight: Tensor, isa: int) -> NativePackedLinear:
     return packed
 
 
-def is_packable(weight: QuantizedTensor) -> bool:
-    """Whether the kernels read it: groups of whole lines of codes, and sums of products that fit 32 bits."""
-    k = weight.shape[1]
-    if weight.group_size >= k:
+def is_packable(k: int, bits: int, group_size: int) -> bool:
+    """Whether the kernels read such rows: groups of whole lines of codes, and sums of products that fit 32 bits."""
+    if group_size >= k:
         return k <= _LONGEST_GROUP
-    return weight.group_size % (32 if weight.bits == 5 else 16) == 0 and weight.group_size <= _LONGEST_GROUP
+    return group_size % (32 if bits == 5 else 16) == 0 and group_size <= _LONGEST_GROUP
 
 
 def pack_quantized(weight: QuantizedTensor, isa: int) -> NativePackedLinear:
     """A matrix in whole numbers."""
-    n, k = weight.shape
-    blocks = -(-n // _LANES)
-    groups = weight.scales.shape[1]
-    padded_k = groups * weight.group_size if groups > 1 else -(-k // 32) * 32
-    buffers = {
-        "data": torch.empty(blocks * padded_k * _LANES * weight.bits // 8, dtype=torch.uint8),
-        "scales": _by_columns(weight.scales),
-    }
+    packed = _empty(weight.shape, weight.bits, weight.group_size, minima=weight.mins is not None)
+    _put_by_columns(weight.scales, packed.buffers["scales"])
     if weight.mins is not None:
-        buffers["mins"] = _by_columns(weight.mins)
-    packed = NativePackedLinear(buffers, torch.uint8, k, n, weight.bits, weight.group_size)
+        _put_by_columns(weight.mins, packed.buffers["mins"])
     codes = weight.codes if weight.codes.stride(1) == 1 else weight.codes.contiguous()
     _native.pack_int(isa, codes.data_ptr(), codes.stride(0), packed.native, torch.get_num_threads())
     return packed
 
 
-def _by_columns(scales: Tensor) -> Tensor:
+def quantize(weight: Tensor, bits: int, group_size: int, isa: int) -> NativePackedLinear:
+    """A float matrix [N, K], rows contiguous, rounded symmetrically and packed in one go."""
+    packed = _empty((weight.shape[0], weight.shape[1]), bits, group_size, minima=False)
+    packed.buffers["scales"][-1].zero_()  # the last block may have missing rows
+    _native.quantize(
+        isa, weight.data_ptr(), weight.stride(0), TYPES[weight.dtype], packed.native, torch.get_num_threads()
+    )
+    return packed
+
+
+def _empty(shape: tuple[int, int], bits: int, group_size: int, *, minima: bool) -> NativePackedLinear:
+    """Memory for a matrix [N, K] in whole numbers."""
+    n, k = shape
+    blocks, groups = -(-n // _LANES), -(-k // group_size)
+    padded_k = groups * group_size if groups > 1 else -(-k // 32) * 32
+    buffers = {"data": WEIGHTS.empty((blocks * padded_k * _LANES * bits // 8,), torch.uint8)}
+    for name in ("scales", "mins") if minima else ("scales",):
+        buffers[name] = WEIGHTS.empty((blocks, groups, _LANES), torch.float16)
+    return NativePackedLinear(buffers, torch.uint8, k, n, bits, group_size)
+
+
+def _put_by_columns(scales: Tensor, columns: Tensor) -> None:
     """[N, G] -> [ceil(N / 16), G, 16], zeros behind the end."""
-    missing = -scales.shape[0] % _LANES
-    padded = torch.nn.functional.pad(scales, (0, 0, 0, missing)) if missing else scales
-    return padded.view(-1, _LANES, scales.shape[1]).transpose(1, 2).contiguous()
+    num_rows, num_groups = scales.shape
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, -num_rows % _LANES))
+    columns.copy_(padded.view(-1, _LANES, num_groups).transpose(1, 2))

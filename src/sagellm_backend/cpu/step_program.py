@@ -21,6 +21,7 @@ from torch import Tensor
 from sagellm_backend import _native
 from sagellm_backend.attention import AttentionMetadata
 from sagellm_backend.cpu.packed import TYPES, NativePackedLinear
+from sagellm_backend.cpu.paged_cache import kernel_cache
 from sagellm_backend.ops import Approximation
 from sagellm_backend.provider import Forward, RowsFunction, StepFunction, StepOutput, StepWants
 
@@ -247,10 +248,10 @@ class Recorder:
         return y
 
     def _cache(self, kv_cache: Tensor) -> tuple[int, int, int, int, int, int]:
-        _, num_blocks, kv_heads, block_size, head_dim = kv_cache.shape
-        usable = kv_cache.dtype in TYPES and head_dim % 16 == 0 and kv_cache.is_contiguous()
-        _require(usable, "no attention kernel reads this cache")
-        return self._address(kv_cache), num_blocks, kv_heads, head_dim, block_size, TYPES[kv_cache.dtype]
+        cache = kernel_cache(kv_cache)
+        _require(cache is not None, "no attention kernel reads this cache")
+        self._kept.append(kv_cache)
+        return cast("tuple[int, int, int, int, int, int]", cache)
 
     def _weight(self, packed: NativePackedLinear) -> _native.Weight:
         self._kept.append(packed)

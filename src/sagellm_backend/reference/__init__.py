@@ -20,7 +20,7 @@ from sagellm_backend.reference.elementwise import (
     silu_and_mul,
     soft_cap,
 )
-from sagellm_backend.reference.matmul import ReferencePackedLinear, linear, moe_experts, pack_linear
+from sagellm_backend.reference.matmul import ReferencePackedLinear, linear, moe_experts, pack_linear, quantize_linear
 
 __all__ = [
     "ReferencePackedLinear",
@@ -34,6 +34,7 @@ __all__ = [
     "moe_experts",
     "pack_linear",
     "paged_attention",
+    "quantize_linear",
     "reshape_and_cache",
     "rms_norm",
     "rotary",

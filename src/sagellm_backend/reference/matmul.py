@@ -48,6 +48,12 @@ def pack_linear(weight: Tensor | QuantizedTensor) -> PackedLinear:
     return ReferencePackedLinear(weight.contiguous())
 
 
+@register_op("quantize_linear", kind=ANY_KIND, priority=0, source=_SOURCE)
+def quantize_linear(weight: Tensor, bits: int, group_size: int) -> PackedLinear:
+    """`pack_linear` of the float matrix `[N, K]` after symmetric rounding, see `QuantizedTensor.round`."""
+    return pack_linear(QuantizedTensor.round(weight, bits, group_size))
+
+
 @register_op("linear", kind=ANY_KIND, priority=0, source=_SOURCE)
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
     """`x [T, K] @ weight^T + bias -> [T, N]` in the dtype of `x`.

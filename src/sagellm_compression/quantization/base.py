@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sagellm_backend import QuantizedTensor
+from sagellm_backend import OpTable, PackedLinear, QuantizedTensor
 
 # Rows quantized at a time: their float32 copies stay small beside the weight.
 _ROWS = 2048
@@ -23,7 +23,7 @@ class QuantMethod(ABC):
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """A matrix [N, K] of any float dtype."""
-        parts = [self.quantize_rows(rows.float()) for rows in torch.split(weight, _ROWS)]
+        parts = [self.quantize_rows(rows) for rows in torch.split(weight, _ROWS)]
         mins = None if parts[0].mins is None else torch.cat([part.mins for part in parts if part.mins is not None])
         return QuantizedTensor(
             torch.cat([part.codes for part in parts]),
@@ -33,26 +33,26 @@ class QuantMethod(ABC):
             parts[0].group_size,
         )
 
+    def pack(self, ops: OpTable, weight: Tensor) -> PackedLinear:
+        """The matrix quantized, in the form that the backend's `linear` reads."""
+        return ops.pack_linear(self.quantize(weight))
+
     @abstractmethod
     def quantize_rows(self, rows: Tensor) -> QuantizedTensor:
-        """Some rows [R, K] in float32."""
+        """Some rows [R, K] of any float dtype."""
 
 
-def symmetric_codes(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric rounding: groups [..., S] float32 -> (codes [..., S] uint8, scales [...] float16).
+class SymmetricRounding(QuantMethod):
+    """Whole numbers around zero, one scale a group of `group_size` neighbours (None: a row); see
+    `QuantizedTensor.round`, which backends may have natively."""
 
-    The scale is absmax / (2^(bits - 1) - 1), rounded to float16 before it divides, so that what is stored is what was
-    divided by; codes are round(weight / scale) + 2^(bits - 1), nearest even, code 0 unused.
-    """
-    largest = (1 << (bits - 1)) - 1
-    scales = (groups.abs().amax(-1) / largest).half()
-    divisors = scales.float().unsqueeze(-1)
-    whole = torch.where(divisors > 0, groups / divisors, 0.0).round_().clamp_(-largest, largest)
-    return (whole + (largest + 1)).to(torch.uint8), scales
+    bits: ClassVar[int]
+    group_size: ClassVar[int | None]
 
+    def quantize_rows(self, rows: Tensor) -> QuantizedTensor:
+        """See `QuantMethod.quantize_rows`."""
+        return QuantizedTensor.round(rows, self.bits, self.group_size or rows.shape[1])
 
-def in_groups(rows: Tensor, size: int) -> Tensor:
-    """[R, K] -> [R, ceil(K / size), size], zeros behind the end."""
-    missing = -rows.shape[1] % size
-    padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
-    return padded.view(rows.shape[0], -1, size)
+    def pack(self, ops: OpTable, weight: Tensor) -> PackedLinear:
+        """See `QuantMethod.pack`."""
+        return ops.quantize_linear(weight, self.bits, self.group_size or weight.shape[1])

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from sagellm_backend.ops import PackedLinear
+from sagellm_backend.quantized import QuantizedTensor
 from sagellm_core.layers.attention import Attention
 from sagellm_core.layers.embedding import Embedding, LMHead
 from sagellm_core.layers.linear import Linear
@@ -236,10 +237,16 @@ class _Builder:
     def _packed(self, key: str) -> PackedLinear:
         packed = None if self._cache is None else self._cache.get(key)
         if packed is None:
-            packed = self._ops.pack_linear(self._reader.weight(key))
+            packed = self._pack(self._reader.weight(key))
             if self._cache is not None:
                 self._cache.add(key, packed)
         return self._count(packed)
+
+    def _pack(self, weight: Tensor | QuantizedTensor) -> PackedLinear:
+        method = self._reader.method
+        if method is None or isinstance(weight, QuantizedTensor):
+            return self._ops.pack_linear(weight)
+        return method.pack(self._ops, weight)
 
     def _count(self, packed: PackedLinear) -> PackedLinear:
         self.weight_bytes += packed.nbytes

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ParameterReader", "load_model"]
 
+# Smaller models are packed faster than a file of theirs is found.
+_SMALLEST_KEPT = 32 * 2**20
+
 
 def load_model(
     path: str | Path,
@@ -48,7 +51,7 @@ def load_model(
 
     `dtype` is that of the weights (None: the checkpoint's, whole numbers of a GGUF file among them); activations take
     the provider's compute dtype. `quantization` names the method that linear layers and tied embeddings go through.
-    What is quantized here is kept packed in `cache_folder` (None: `packed_cache.default_folder`), which may take
+    Packed whole numbers are kept in `cache_folder` (None: `packed_cache.default_folder`), which may take
     `cache_bytes` (0: nothing is kept).
     `max_model_len` bounds the positions that tables are made for (None: all that the model can reach).
 
@@ -75,11 +78,14 @@ def load_model(
         keep_quantized=dtype is None and method is None,
     )
     cache = None
-    if method is not None and cache_bytes > 0 and provider.packed_layout is not None:
+    # Floats are packed about as fast as a file of theirs is read, and would lie on the disk twice.
+    has_whole_numbers = method is not None or config.path.is_file()
+    worth_keeping = has_whole_numbers and reader.stored_bytes >= _SMALLEST_KEPT
+    if worth_keeping and cache_bytes > 0 and provider.packed_layout is not None:
         files = (
             [config.path] if config.path.is_file() else [config.path / "config.json", *safetensors_files(config.path)]
         )
-        how = [quantization, str(reader.weight_dtype), provider.packed_layout]
+        how = [quantization, str(dtype), provider.packed_layout]
         cache = PackedCache(cache_folder or default_folder(), files, how, provider, cache_bytes)
     model = CausalLM(config.spec, reader, provider.ops, max_model_len=max_model_len or limit, cache=cache)
     if cache is not None:
@@ -99,8 +105,9 @@ def _open(config: ModelConfig) -> tuple[TensorSource, WeightNames]:
 class ParameterReader:
     """Hands out the decoder's parameters by key, each read when it is asked for.
 
-    Linear weights come in `weight_dtype` or, where there is a `method` to quantize them or the file holds them so
-    (`keep_quantized`), in whole numbers; tables in `weight_dtype`, biases in `compute_dtype`, norms in float32.
+    Linear weights come in `weight_dtype` (to go through `method`, if there is one) or, where the file holds them so and
+    they may stay (`keep_quantized`), in whole numbers; tables in `weight_dtype`, biases in `compute_dtype`, norms in
+    float32.
     """
 
     def __init__(
@@ -118,7 +125,7 @@ class ParameterReader:
         self.weight_dtype = weight_dtype
         self.compute_dtype = compute_dtype
         self.device = device
-        self._method = method
+        self.method = method
         self._keep_quantized = keep_quantized
         self._plan = plan
         self._source = source
@@ -128,10 +135,13 @@ class ParameterReader:
             self._stored_names.pop(f"{names.lm_head}.weight", None)  # a stored copy of the tied embedding
         self._check()
 
+    @property
+    def stored_bytes(self) -> int:
+        """About what the checkpoint's files take."""
+        return sum(file.stat().st_size for file in {info.file for info in self._source.tensors.values()})
+
     def weight(self, key: str) -> Tensor | QuantizedTensor:
         """The matrix of a linear layer."""
-        if self._method is not None:
-            return self._method.quantize(self._read(key, self.weight_dtype))
         stored = self._read_quantized(key) if self._keep_quantized else None
         return self._read(key, self.weight_dtype) if stored is None else stored
 

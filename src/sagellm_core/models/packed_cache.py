@@ -5,6 +5,10 @@ content depends on: the checkpoint's files, how they are quantized, the layout o
 library. Of the checkpoint's files the hash takes name, size, time of change and both ends: reading gigabytes to find
 out that they are the same would cost what the cache saves, and weights are replaced by other files, not edited.
 
+A file is mapped, not read: its pages come when they are first used, stay in the system's file cache between starts, and
+are shared by all engines that serve the model. Nobody writes to a file that has its name; replacing and removing it
+leave the pages of those who mapped it alone.
+
 A file is written under another name, complete and flushed, and renamed, by one process at a time; whoever finds the
 lock taken does without writing. So nobody ever reads half a file, and concurrent starts don't wait for each other. A
 file that is damaged anyway counts as absent. The oldest files go when the folder outgrows its limit.
@@ -15,6 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from sagellm_core.version import __version__
 from sagellm_protocol.errors import SageLLMError
 
-from .checkpoint import TensorInfo, read_bytes, read_safetensors_header
+from .checkpoint import TensorInfo, read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +41,7 @@ __all__ = ["PackedCache", "default_folder"]
 logger = logging.getLogger(__name__)
 
 _END_BYTES = 65536
+_LINE = 64
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "U8": "uint8"}
 
 
@@ -63,6 +70,7 @@ class PackedCache:
         self._file = folder / f"{_fingerprint(files, [__version__, *how])}.safetensors"
         self._stored: dict[str, TensorInfo] = {}
         self._descriptions: dict[str, dict[str, Any]] = {}
+        self._pages: mmap.mmap | None = None
         self._new: dict[str, PackedLinear] = {}
         self._open()
 
@@ -74,14 +82,11 @@ class PackedCache:
             return None
         description = self._descriptions[key]
         buffers: dict[str, Tensor] = {}
-        try:
-            for name in description["buffers"]:
-                info = self._stored[f"{key}:{name}"]
-                buffers[name] = self._provider.empty_weight(info.shape, getattr(torch, _DTYPES[info.dtype]))
-                read_bytes(info.file, info.offset, buffers[name])
-        except (OSError, KeyError, SageLLMError) as error:
-            self._forget(error)
-            return None
+        for name in description["buffers"]:
+            info = self._stored[f"{key}:{name}"]
+            dtype, count = getattr(torch, _DTYPES[info.dtype]), math.prod(info.shape)
+            mapped = torch.frombuffer(self._pages, dtype=dtype, count=count, offset=info.offset)
+            buffers[name] = mapped.view(info.shape)
         return self._provider.restore_packed(buffers, description)
 
     def add(self, key: str, packed: PackedLinear) -> None:
@@ -106,6 +111,10 @@ class PackedCache:
         try:
             self._stored, metadata = read_safetensors_header(self._file)
             self._descriptions = json.loads(metadata["packed"])
+            with self._file.open("rb") as stream:  # private: torch wants memory it could write to
+                self._pages = mmap.mmap(
+                    stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
             os.utime(self._file)  # the last to go
         except (OSError, KeyError, ValueError, SageLLMError) as error:
             self._forget(error)
@@ -129,7 +138,11 @@ class PackedCache:
         try:
             with FileLock(self._file.with_suffix(".lock"), timeout=0):
                 unfinished = self._file.with_suffix(".part")
-                save_file(tensors, unfinished, metadata={"packed": json.dumps(descriptions)})
+                metadata = {"packed": json.dumps(descriptions), "padding": ""}
+                save_file(tensors, unfinished, metadata=metadata)
+                missing = -_first_offset(unfinished) % _LINE
+                if missing:  # kernels read whole cache lines: move the tensors to the beginning of one
+                    save_file(tensors, unfinished, metadata={**metadata, "padding": " " * missing})
                 with unfinished.open("rb") as stream:
                     os.fsync(stream.fileno())
                 unfinished.replace(self._file)
@@ -144,6 +157,10 @@ class PackedCache:
             total += file.stat().st_size
             if total > self._max_bytes and file != self._file:
                 file.unlink(missing_ok=True)
+
+
+def _first_offset(file: Path) -> int:
+    return min(info.offset for info in read_safetensors_header(file)[0].values())
 
 
 def _fingerprint(files: Iterable[Path], how: Iterable[str]) -> str:
