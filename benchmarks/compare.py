@@ -305,12 +305,15 @@ def write_json(arguments: argparse.Namespace, results: Results) -> None:
         "tokens_per_second": results.rates,
         "medians": {
             weights: {
-                row: {name: statistics.median(rates) for name, rates in by_name.items()} for row, by_name in rows.items()
+                row: {name: statistics.median(rates) for name, rates in by_name.items()}
+                for row, by_name in rows.items()
             }
             for weights, rows in results.rates.items()
         },
         "ratios": {
-            weights: {row: {name: results.ratio(weights, row, name) for name in by_name} for row, by_name in rows.items()}
+            weights: {
+                row: {name: results.ratio(weights, row, name) for name in by_name} for row, by_name in rows.items()
+            }
             for weights, rows in results.rates.items()
         },
     }

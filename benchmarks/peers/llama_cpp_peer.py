@@ -32,7 +32,7 @@ _OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
 
 
 def prepare(model: str, weights: str, folder: str) -> Path:
-    """A GGUF file with every matrix in one type (`--pure` of llama.cpp's own quantizer); Qwen2 and Qwen3 checkpoints."""
+    """A GGUF file with every matrix in one type (llama.cpp's `--pure`); Qwen2 and Qwen3 checkpoints."""
     import gguf
 
     source, kind = Path(model), _TYPES[weights]

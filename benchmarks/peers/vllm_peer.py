@@ -82,9 +82,7 @@ def _quantization_config(bits: int) -> dict[str, Any]:
         "format": "int-quantized" if bits == 8 else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-        },
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
     }
 
 

@@ -138,6 +138,12 @@ void activate(int isa, Address x, Address y, std::ptrdiff_t x_stride, int rows, 
       {at<float>(x), at<float>(y), x_stride, rows, size, static_cast<sage::Activation>(act), gated});
 }
 
+void sample(int isa, Address x, Address wanted, Address chosen, std::ptrdiff_t x_stride, int rows, int size,
+            int threads) {
+  run(table(isa).sample, 4.0 * rows * size, threads,
+      {at<float>(x), at<double>(wanted), at<std::int64_t>(chosen), x_stride, rows, size});
+}
+
 // ---- programs -------------------------------------------------------------------------------------------------------
 
 using sage::Program;
@@ -254,4 +260,5 @@ NB_MODULE(_native, m) {
   m.def("layer_norm", layer_norm, Release());
   m.def("soft_cap", soft_cap, Release());
   m.def("activate", activate, Release());
+  m.def("sample", sample, Release());
 }

@@ -221,6 +221,20 @@ struct ArgmaxArgs {
   int size;
 };
 
+// Numbers that say how a row's token is chosen: temperature (0 = the first of the largest values), top_k (0 = off),
+// top_p (1 = off), min_p (0 = off), a uniform number in (0, 1).
+inline constexpr int kSampleWidth = 5;
+
+// A token for each row; see sagellm_backend/reference/sampling.py. NaN is never chosen but in rows of nothing else.
+struct SampleArgs {
+  const float* x;        // [rows, size], row stride x_stride
+  const double* wanted;  // [rows, kSampleWidth]
+  std::int64_t* chosen;  // [rows]
+  std::ptrdiff_t x_stride;
+  int rows;
+  int size;
+};
+
 struct KernelTable {
   const char* name;
   bool fast_fma;  // false: fused multiply-adds are library calls; right, but slower than torch
@@ -239,6 +253,7 @@ struct KernelTable {
   void (*soft_cap)(const SoftCapArgs&, Team&);
   void (*add)(const AddArgs&, Team&);
   void (*argmax)(const ArgmaxArgs&, Team&);
+  void (*sample)(const SampleArgs&, Team&);
   void (*gather)(const GatherArgs&, Team&);
 };
 

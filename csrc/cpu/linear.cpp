@@ -1,10 +1,8 @@
 // Products with weights in floats, and `linear` of all formats.
 //
-// Each output element is one chain of fused multiply-adds over k, in ascending
-// order; with bf16, in pairs whose second entry comes first (the order of
-// vdpbf16ps), and x is rounded to bf16. Rows, threads, tiles and ISA only
-// decide which elements are computed side by side, so they cannot change a bit
-// of any of them.
+// Each output element is one chain of fused multiply-adds over k, in ascending order; with bf16, in pairs whose second
+// entry comes first (the order of vdpbf16ps), and x is rounded to bf16. Rows, threads, tiles and ISA only decide which
+// elements are computed side by side, so they cannot change a bit of any of them.
 #include <cstdint>
 #include <cstring>
 

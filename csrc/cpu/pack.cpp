@@ -1,5 +1,4 @@
-// Packing: weights as the products read them, and rows of packed weights as
-// floats.
+// Packing: weights as the products read them, and rows of packed weights as floats.
 #include <cstdint>
 #include <cstring>
 
@@ -39,18 +38,21 @@ inline std::size_t block_size(int k) { return static_cast<std::size_t>((k + kLan
 template <class E>
 void pack_as(const PackArgs& a, Team& team) {
   using T = typename E::T;
+  constexpr int n = kEntries<E>;
   const auto* source = static_cast<const T*>(a.source);
   auto* packed = static_cast<T*>(a.packed);
+  const int filled = (a.k + kLanes - 1) / kLanes * kLanes;
   team.each((a.n + kLanes - 1) / kLanes, [&](int block) {
     T* out = packed + block * block_size(a.k);
-    std::memset(static_cast<void*>(out), 0, block_size(a.k) * sizeof(T));
-    for (int k0 = 0; k0 < a.k; k0 += 64) {  // a few lines of all columns at a time: what is written
-                                            // stays in the cache
+    // Sixteen entries of all columns at a time: what is written stays in the first-level cache.
+    for (int begin = 0; begin < filled; begin += kLanes, out += kLanes * kLanes) {
+      const int here = a.k - begin < kLanes ? a.k - begin : kLanes;
       for (int c = 0; c < kLanes; ++c) {
-        const int row = block * kLanes + c;
-        if (row >= a.n) break;
-        const T* in = source + static_cast<std::ptrdiff_t>(row) * a.source_stride;
-        for (int k = k0; k < a.k && k < k0 + 64; ++k) out[place<E>(k, c)] = kept<E>(in[k]);
+        const std::ptrdiff_t row = block * kLanes + c;
+        T in[kLanes] = {};
+        if (row < a.n) std::memcpy(in, source + row * a.source_stride + begin, sizeof(T) * here);
+        for (int k = 0; k < kLanes; ++k) in[k] = kept<E>(in[k]);
+        for (int k = 0; k < kLanes; k += n) std::memcpy(out + place<E>(k, c), in + k, sizeof(T) * n);
       }
     }
   });

@@ -1,5 +1,4 @@
-// Sixteen pairs of bf16: what products of bf16 are made of, written once for
-// each ISA.
+// Sixteen pairs of bf16: what products of bf16 are made of, written once for each ISA.
 #pragma once
 
 #include <cstdint>

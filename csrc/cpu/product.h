@@ -1,5 +1,4 @@
-// What all products y = x W^T share: rows of x laid out for tiles, and the
-// order in which tiles are computed.
+// What all products y = x W^T share: rows of x laid out for tiles, and the order in which tiles are computed.
 //
 // Weights lie in blocks of sixteen columns. A step of a product is four bytes of a row of x (one float, two bf16, four
 // int8) times one line of a block. Rows are cut into tiles, and a tile's rows lie chunk by chunk, [k / 16][rows][16],
@@ -16,20 +15,17 @@
 
 namespace sage::SAGE_ISA {
 
-// Rows of the largest tile: with two blocks of columns their sums fill the
-// registers.
+// Rows of the largest tile: with two blocks of columns their sums fill the registers.
 #if defined(__AVX512F__)
 inline constexpr int kPanelRows = 12;
 #else
 inline constexpr int kPanelRows = 4;
 #endif
 
-// Tiles are compiled for 1, 2, 3, 4, 6, 8, 10 and 12 rows; what is missing is
-// filled with rows of zeros.
+// Tiles are compiled for 1, 2, 3, 4, 6, 8, 10 and 12 rows; what is missing is filled with rows of zeros.
 SAGE_INLINE int filled(int rows) { return rows <= 4 ? rows : (rows + 1) / 2 * 2; }
 
-// Up to so many rows each thread converts x for itself; for more they share the
-// work, at the price of a barrier.
+// Up to so many rows each thread converts x for itself; for more they share the work, at the price of a barrier.
 inline constexpr int kPrivateRows = 2;
 
 // m rows in tiles of `size`; the last tile may hold fewer.
@@ -90,8 +86,7 @@ SAGE_INLINE void each_row(const Tiles& tiles, Team& team, const Body& body) {
   });
 }
 
-// Calls body.operator()<rows>() with the number of rows of a tile as a
-// constant.
+// Calls body.operator()<rows>() with the number of rows of a tile as a constant.
 template <class Body>
 SAGE_INLINE void with_tile_rows(int rows, const Body& body) {
 #define SAGE_CASE(n)                                                     \
@@ -111,17 +106,14 @@ SAGE_INLINE void with_tile_rows(int rows, const Body& body) {
 #undef SAGE_CASE
 }
 
-// Bytes of weights that a piece may hold, so that they stay in the second-level
-// cache while all rows pass.
+// Bytes of weights that a piece may hold, so that they stay in the second-level cache while rows pass.
 inline constexpr std::size_t kPieceBytes = 384 * 1024;
-// Rows whose words pass over a piece before the next piece of columns, and
-// before another thread may take the rest.
+// Tiles of rows that pass over a piece in one go: another thread may take the next ones.
 inline constexpr int kBandTiles = 24;
 
-// Computes all tiles: product.tile<kRows, kBlocks>(tile, block) for blocks of
-// columns [block, block + kBlocks). A piece (some blocks times some tiles of
-// rows) is handed to one thread; there are many, so that a thread that loses
-// its core delays nobody. `block_bytes` is the size of a block's weights.
+// Computes all tiles: product.tile<kRows, kBlocks>(tile, block) for blocks of columns [block, block + kBlocks). A piece
+// (some blocks times some tiles of rows) is handed to one thread; there are many, so that a thread that loses its core
+// delays nobody. `block_bytes` is the size of a block's weights.
 template <class Product>
 void each_tile_of(const Product& product, const Tiles& tiles, int n, std::size_t block_bytes, Team& team) {
   const int blocks = (n + kLanes - 1) / kLanes;
@@ -133,9 +125,9 @@ void each_tile_of(const Product& product, const Tiles& tiles, int n, std::size_t
   const int pieces = (blocks + size - 1) / size;
   const int bands = (tiles.count + kBandTiles - 1) / kBandTiles;
   team.each(pieces * bands, [&](int item) {
-    const int first = item % pieces * size;
+    const int first = item / bands * size;
     const int last = first + size < blocks ? first + size : blocks;
-    const int band = item / pieces;
+    const int band = item % bands;
     for (int t = tiles.count * band / bands; t < tiles.count * (band + 1) / bands; ++t) {
       with_tile_rows(filled(tiles.rows(t)), [&]<int kRows>() {
         constexpr int kBlocks = Product::blocks_at_once(kRows);

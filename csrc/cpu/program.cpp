@@ -72,6 +72,7 @@ void Program::add(Slot a, Slot b, Slot y) {
 
 void Program::linear(Slot x, const Weight* weight, const float* bias, Slot y) {
   use(x), use(y);
+  work_[take_ < 0 ? 0 : 1] += static_cast<double>(weight->n) * weight->k;
   record([=, this](const View& v, Team& team) {
     table_.linear({v.at(x), weight, bias, v.at(y), width(x), width(y), v.rows}, team);
   });
@@ -228,7 +229,8 @@ void Program::run(const Step& step, int threads) {
   const int num_calls = static_cast<int>(calls_.size());
   const int first_part = take_ < 0 ? num_calls : take_;
   const int end = step.num_samples > 0 ? num_calls : first_part;
-  run_team(threads, [&](Team& team) {
+  const double work = work_[0] * step.rows + work_[1] * step.num_samples;
+  run_team(thread_count(threads, work / (num_calls + 1)), [&](Team& team) {
     View view{*this, step, step.rows};
     for (int i = 0; i < first_part; ++i) calls_[i](view, team);
     view.rows = step.num_samples;

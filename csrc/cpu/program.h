@@ -85,7 +85,8 @@ class Program {
   void samples_out(Slot x) { samples_out_ = x.buffer; }  // a whole buffer, behind take
   void finish();
 
-  // Replays the program. One call at a time.
+  // Replays the program, one call at a time, on at most `threads` threads: on one where the calls are so small that
+  // waiting for each other at every one of them costs more than they do, above all beside a busy program.
   void run(const Step& step, int threads);
 
  private:
@@ -125,7 +126,8 @@ class Program {
   std::vector<Buffer> buffers_ = {{0, 0, 0, 0, 0}};
   std::vector<Call> calls_;
   std::vector<Rotation> rotations_;
-  int take_ = -1;  // the call that is `take`
+  double work_[2] = {0.0, 0.0};  // multiply-adds a row in the linear layers, in front of take and behind it
+  int take_ = -1;                // the call that is `take`
   int rows_out_ = -1;
   int samples_out_ = -1;
   Arena arenas_[2];

@@ -21,6 +21,7 @@ void activate(const ActivationArgs&, Team&);
 void soft_cap(const SoftCapArgs&, Team&);
 void add(const AddArgs&, Team&);
 void argmax(const ArgmaxArgs&, Team&);
+void sample(const SampleArgs&, Team&);
 void gather(const GatherArgs&, Team&);
 
 #if defined(__FMA__) || defined(__aarch64__)
@@ -47,6 +48,7 @@ const KernelTable table = {SAGE_TEXT(SAGE_ISA),
                            soft_cap,
                            add,
                            argmax,
+                           sample,
                            gather};
 
 }  // namespace sage::SAGE_ISA

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 TokenTimes = list[list[float]]
@@ -31,8 +32,8 @@ class Summary:
     def of(cls, values: Sequence[float]) -> Summary:
         """Of one or more values."""
         ordered = sorted(values)
-        marks = (percentile(ordered, share) for share in (0.5, 0.9, 0.99))
-        return cls(statistics.fmean(ordered), ordered[0], *marks, ordered[-1])
+        p50, p90, p99 = (percentile(ordered, share) for share in (0.5, 0.9, 0.99))
+        return cls(statistics.fmean(ordered), ordered[0], p50, p90, p99, ordered[-1])
 
     def to_json(self) -> dict[str, Any]:
         """As a mapping."""
@@ -59,7 +60,7 @@ def times_per_token(times: TokenTimes) -> list[float]:
 
 def gaps(times: TokenTimes) -> list[float]:
     """All times between a token and the one before it."""
-    return [b - a for arrivals in times for a, b in zip(arrivals, arrivals[1:], strict=False)]
+    return [b - a for arrivals in times for a, b in pairwise(arrivals)]
 
 
 def duration(times: TokenTimes) -> float:

@@ -216,6 +216,99 @@ def demo(
     run_demo(workload, output, model, backend)
 
 
+# ---- bench --------------------------------------------------------------------------------------------
+
+bench = typer.Typer(
+    help="Measure the engine and its kernels on this machine.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench, name="bench")
+
+Dtype = Annotated[str | None, typer.Option(help="Of the weights: auto, fp32, fp16 or bf16.")]
+NumThreads = Annotated[int | None, typer.Option(help="Compute threads. Default: the cores we may use.", min=1)]
+InputLen = Annotated[int, typer.Option(help="Tokens of each prompt, random ones.", min=1)]
+OutputLen = Annotated[int, typer.Option(help="Tokens of each answer, exactly.", min=1)]
+Runs = Annotated[int, typer.Option(help="Batches that count.", min=1)]
+Warmup = Annotated[int, typer.Option(help="Batches before those.", min=0)]
+BenchSeed = Annotated[int, typer.Option("--seed", help="Of the random prompts.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results into this file.")]
+
+
+@bench.command()
+def latency(
+    model: Model = None,
+    batch_size: Annotated[int, typer.Option(help="Requests at the same time.", min=1)] = 1,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 64,
+    runs: Runs = 5,
+    warmup: Warmup = 1,
+    seed: BenchSeed = 0,
+    backend: Backend = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    num_threads: NumThreads = None,
+    json: JsonFile = None,
+) -> None:
+    """Time to the first token and between tokens.
+
+    Batches of equal requests run one after another, each with prompts of its own.
+    """
+    from sagellm.cli.bench import bench_latency
+    from sagellm_benchmark import Load
+
+    options = {"dtype": dtype, "quantization": quantization, "num_threads": num_threads}
+    load = Load(input_len, output_len, batch_size, batch_size, runs, warmup, seed)
+    bench_latency(model, backend, options, load, json)
+
+
+@bench.command()
+def throughput(
+    model: Model = None,
+    requests: Annotated[int | None, typer.Option(help="Of one batch. Default: as many as at a time.", min=1)] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at the same time.", min=1)] = 32,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 64,
+    runs: Runs = 3,
+    warmup: Warmup = 1,
+    seed: BenchSeed = 0,
+    backend: Backend = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    num_threads: NumThreads = None,
+    json: JsonFile = None,
+) -> None:
+    """Requests and tokens a second, with many requests at a time."""
+    from sagellm.cli.bench import bench_throughput
+    from sagellm_benchmark import Load
+
+    options = {"dtype": dtype, "quantization": quantization, "num_threads": num_threads}
+    load = Load(input_len, output_len, requests or concurrency, concurrency, runs, warmup, seed)
+    bench_throughput(model, backend, options, load, json)
+
+
+@bench.command()
+def kernels(
+    shape: Annotated[str, typer.Option(help="0.5b, 1.7b, 8b, or a model whose shapes to take.")] = "0.5b",
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="Weights in this format, such as bf16, int8, int4, q5_k; several times.")
+    ] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of activations; several times.")] = None,
+    num_threads: NumThreads = None,
+    seconds: Annotated[float, typer.Option(help="For each line and implementation.", min=0.0)] = 0.3,
+    reference: Annotated[bool, typer.Option(help="Measure the torch reference beside it.")] = True,
+    json: JsonFile = None,
+) -> None:
+    """Each op on a model's shapes: GB/s and GFLOP/s.
+
+    Beside this machine's limits and the torch reference, in turns.
+    """
+    from sagellm.cli.bench import bench_kernels
+
+    bench_kernels(shape, op, format, rows, num_threads, seconds, json, reference=reference)
+
+
 def main() -> None:
     """The console script."""
     run_app(app)

@@ -1,8 +1,8 @@
 """Reading tensors of a checkpoint folder by name: one `model.safetensors`, or shards with an index.
 
 Opening a folder reads the headers only and checks that the files are complete; every defect becomes one error that
-names the file and the remedy. Tensors are read with plain reads rather than mapped: pages of a map count as memory of
-this process, twice the model while it loads, and weights that stay in one change or vanish with the file.
+names the file and the remedy. Tensors are mapped, so that a matrix is packed straight from the file cache; the reader
+says when it is done with one (`release`), because pages of a map count as memory of this process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sagellm_protocol.errors import InvalidArgumentError, NotFoundError, UnsupportedError
 
+from .mapped_file import MappedFile
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,7 +27,6 @@ __all__ = [
     "SafetensorsCheckpoint",
     "TensorInfo",
     "TensorSource",
-    "read_bytes",
     "read_json",
     "read_safetensors_header",
     "safetensors_files",
@@ -60,14 +61,17 @@ class TensorSource(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors by name."""
 
-    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU, in the dtype it is stored in (quantized ones dequantized).
 
-        `into` offers contiguous memory of the tensor's shape; it is filled and returned if it has that dtype.
+        It may be a view of the file: not to be written to, and to be copied by whoever keeps it.
         """
 
     def read_quantized(self, name: str) -> QuantizedTensor | None:
         """The matrix `name` in whole numbers, if it is stored in a form that kernels read as it is."""
+
+    def release(self) -> None:
+        """Give back the memory behind what was read so far; it can be read again."""
 
 
 class SafetensorsCheckpoint:
@@ -78,8 +82,9 @@ class SafetensorsCheckpoint:
         self.tensors: dict[str, TensorInfo] = {}
         for file in safetensors_files(path):
             self.tensors.update(read_safetensors_header(file)[0])
+        self._mapped: dict[Path, MappedFile] = {}
 
-    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """See `TensorSource.read`."""
         import torch
 
@@ -91,30 +96,19 @@ class SafetensorsCheckpoint:
                 "use a checkpoint in float32, float16 or bfloat16",
                 field="dtype",
             )
-        dtype = dtypes[info.dtype]
-        target = into if into is not None and into.dtype == dtype else torch.empty(info.shape, dtype=dtype)
-        read_bytes(info.file, info.offset, target)
-        return target
+        if info.file not in self._mapped:
+            self._mapped[info.file] = MappedFile(info.file)
+        return self._mapped[info.file].tensor(info.offset, info.shape, dtypes[info.dtype])
 
     def read_quantized(self, name: str) -> QuantizedTensor | None:
         """None: these files hold floats."""
         del name
         return None
 
-
-def read_bytes(file: Path, offset: int, target: Tensor) -> None:
-    """Fill the contiguous CPU tensor `target` with the bytes of a file from `offset` on."""
-    import torch
-
-    data = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
-    done = 0
-    with file.open("rb", buffering=0) as stream:
-        stream.seek(offset)
-        while done < len(data):
-            count = stream.readinto(data[done:])
-            if not count:
-                raise _corrupt(file, f"it ends {len(data) - done:,} bytes too early")
-            done += count
+    def release(self) -> None:
+        """See `TensorSource.release`."""
+        for file in self._mapped.values():
+            file.release()
 
 
 def safetensors_files(path: Path) -> list[Path]:

@@ -221,6 +221,7 @@ class _Builder:
             )
             # Rounding the router would send tokens to other experts: it is small and stays as it is.
             router = Linear(ops, self._count(ops.pack_linear(self._reader.table(f"{key}router.weight"))))
+            self._reader.finish(f"{key}router.weight")
             return MoE(ops, mlp, router, gate_up, down)
         if mlp.gated:
             return MLP(self._linear(f"{key}gate_up"), gated_activation(ops, mlp.activation), self._linear(f"{key}down"))
@@ -240,6 +241,7 @@ class _Builder:
             packed = self._pack(self._reader.weight(key))
             if self._cache is not None:
                 self._cache.add(key, packed)
+        self._reader.finish(key)
         return self._count(packed)
 
     def _pack(self, weight: Tensor | QuantizedTensor) -> PackedLinear:
@@ -255,6 +257,7 @@ class _Builder:
 
     def _table(self, key: str) -> Tensor:
         table = self._reader.table(key)
+        self._reader.finish(key)
         self.weight_bytes += table.nbytes
         return table
 

@@ -1,4 +1,4 @@
-"""GGUF files: their metadata as a configuration, their tensors as a source of weights, dequantized when read.
+"""GGUF files: their metadata as a configuration, their tensors as a source of weights.
 
 The metadata is translated into the fields of a Hugging Face configuration and handed to the family it belongs to, so
 that a model means the same from either format; what GGUF leaves to the reader (Gemma's window pattern and score
@@ -16,9 +16,10 @@ from sagellm_core.gguf_metadata import GGUFHeader, GGUFTensor, read_gguf_header
 from sagellm_protocol.dtypes import DType
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 
-from .checkpoint import TensorInfo, read_bytes
+from .checkpoint import TensorInfo
 from .config import ModelConfig
 from .hf_config import HFConfig
+from .mapped_file import MappedFile
 from .registry import get_family
 from .spec import DecoderSpec
 from .weights import WeightNames
@@ -72,6 +73,7 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header: GGUFHeader = read_gguf_header(path)
+        self._mapped = MappedFile(path)
         self.tensors = {
             name: TensorInfo(path, _TYPE_NAMES.get(tensor.type_id, "quantized"), tensor.shape, tensor.offset)
             for name, tensor in self.header.tensors.items()
@@ -79,7 +81,7 @@ class GGUFCheckpoint:
         if self.header.metadata.get("split.count", 1) > 1:
             raise UnsupportedError(f"{path}: one of several parts; merge them with llama.cpp's gguf-split first")
 
-    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """The tensor `name`: as stored if it is F32, F16 or BF16, else dequantized to float32."""
         import torch
 
@@ -87,10 +89,8 @@ class GGUFCheckpoint:
         kind, num_bytes = _quantization(self.path, name, tensor)
         stored = {_F32: torch.float32, _F16: torch.float16, _BF16: torch.bfloat16}.get(tensor.type_id)
         if stored is not None:
-            target = into if into is not None and into.dtype == stored else torch.empty(tensor.shape, dtype=stored)
-            read_bytes(self.path, tensor.offset, target)
-            return target
-        return _dequantize(self.path, name, self._read_raw(tensor, num_bytes), kind).reshape(tensor.shape)
+            return self._mapped.tensor(tensor.offset, tensor.shape, stored)
+        return _dequantize(self.path, name, self._blocks(tensor, num_bytes), kind).reshape(tensor.shape)
 
     def read_quantized(self, name: str) -> QuantizedTensor | None:
         """See `TensorSource.read_quantized`."""
@@ -100,14 +100,16 @@ class GGUFCheckpoint:
         kind, num_bytes = _quantization(self.path, name, tensor)
         if kind.name not in BLOCK_TYPES or len(tensor.shape) != 2:
             return None
-        return read_blocks(kind.name, self._read_raw(tensor, num_bytes), (tensor.shape[0], tensor.shape[1]))
+        return read_blocks(kind.name, self._blocks(tensor, num_bytes), (tensor.shape[0], tensor.shape[1]))
 
-    def _read_raw(self, tensor: GGUFTensor, num_bytes: int) -> Tensor:
+    def release(self) -> None:
+        """See `TensorSource.release`."""
+        self._mapped.release()
+
+    def _blocks(self, tensor: GGUFTensor, num_bytes: int) -> Tensor:
         import torch
 
-        raw = torch.empty(num_bytes, dtype=torch.uint8)
-        read_bytes(self.path, tensor.offset, raw)
-        return raw
+        return self._mapped.tensor(tensor.offset, (num_bytes,), torch.uint8)
 
 
 def read_gguf_config(path: Path) -> ModelConfig:

@@ -1,14 +1,15 @@
 """From a folder or file to a model in memory: checks the checkpoint as a whole, then streams it tensor by tensor.
 
-Each parameter is read, cast and joined with its neighbours (q, k, v; gate, up), handed to the backend's packing and
-forgotten, so that the peak is the model itself plus one parameter. Nothing is read before names and shapes of all
-tensors are known to be right.
+Each parameter is cast and joined with its neighbours (q, k, v; gate, up) where that is needed, handed to the backend's
+packing and forgotten, so that the peak is the model itself plus one parameter. Nothing is read before names and shapes
+of all tensors are known to be right.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
     from sagellm_backend import BackendProvider, QuantizedTensor
     from sagellm_compression.quantization.base import QuantMethod
 
-__all__ = ["ParameterReader", "load_model"]
+__all__ = ["LoadProgress", "ParameterReader", "load_model"]
+
+LoadProgress = Callable[[int, int], None]
+"""Called with (weights in place, weights of the model) whenever a matrix has been loaded, at last with both equal."""
 
 # Smaller models are packed faster than a file of theirs is found.
 _SMALLEST_KEPT = 32 * 2**20
@@ -46,6 +50,7 @@ def load_model(
     max_model_len: int | None = None,
     cache_folder: Path | None = None,
     cache_bytes: int = 0,
+    on_progress: LoadProgress | None = None,
 ) -> CausalLM:
     """Load the model at `path` (a folder with config.json and safetensors, or a `.gguf` file) onto a provider's device.
 
@@ -76,6 +81,8 @@ def load_model(
         device=provider.device,
         method=method,
         keep_quantized=dtype is None and method is None,
+        may_lend=provider.packed_layout is not None,
+        on_progress=on_progress,
     )
     cache = None
     # Floats are packed about as fast as a file of theirs is read, and would lie on the disk twice.
@@ -107,7 +114,7 @@ class ParameterReader:
 
     Linear weights come in `weight_dtype` (to go through `method`, if there is one) or, where the file holds them so and
     they may stay (`keep_quantized`), in whole numbers; tables in `weight_dtype`, biases in `compute_dtype`, norms in
-    float32.
+    float32. With `may_lend`, for backends whose packing copies, a linear weight may be a view of the file.
     """
 
     def __init__(
@@ -121,12 +128,18 @@ class ParameterReader:
         device: torch.device,
         method: QuantMethod | None = None,
         keep_quantized: bool = False,
+        may_lend: bool = False,
+        on_progress: LoadProgress | None = None,
     ) -> None:
         self.weight_dtype = weight_dtype
         self.compute_dtype = compute_dtype
         self.device = device
         self.method = method
         self._keep_quantized = keep_quantized
+        self._may_lend = may_lend
+        self._on_progress = on_progress
+        self._num_done = 0
+        self._num_weights = sum(_num_weights(parameter) for parameter in plan.values())
         self._plan = plan
         self._source = source
         self._norm_offset = names.norm_offset
@@ -143,7 +156,7 @@ class ParameterReader:
     def weight(self, key: str) -> Tensor | QuantizedTensor:
         """The matrix of a linear layer."""
         stored = self._read_quantized(key) if self._keep_quantized else None
-        return self._read(key, self.weight_dtype) if stored is None else stored
+        return self._read(key, self.weight_dtype, copy=not self._may_lend) if stored is None else stored
 
     def table(self, key: str) -> Tensor:
         """A matrix in the weight dtype: rows to be looked up, or what must not be rounded."""
@@ -158,14 +171,28 @@ class ParameterReader:
         vector = self._read(key, torch.float32)
         return vector + self._norm_offset if self._norm_offset and key.endswith(".weight") else vector
 
-    def _read(self, key: str, dtype: torch.dtype) -> Tensor:
-        """The parts of a parameter, joined; read straight to their places where they need no change."""
+    def finish(self, key: str) -> None:
+        """The matrix is where it belongs: what was read of the file may go, and whoever waits is told."""
+        self._source.release()
+        self._num_done += _num_weights(self._plan[key])
+        if self._on_progress is not None:
+            self._on_progress(self._num_done, self._num_weights)
+
+    def _read(self, key: str, dtype: torch.dtype, *, copy: bool = True) -> Tensor:
+        """The parts of a parameter, joined; without `copy` perhaps the only part itself."""
         parts = self._plan[key].parts
+        if len(parts) == 1:
+            return self._read_part(parts[0]).to(self.device, dtype, copy=copy).contiguous()
         num_rows = [part.shape[0] for part in parts]
         joined = torch.empty(sum(num_rows), *parts[0].shape[1:], dtype=dtype, device=self.device)
         for rows, part in zip(joined.split_with_sizes(num_rows), parts, strict=True):
-            self._read_part(part, rows)
+            rows.copy_(self._read_part(part))
         return joined
+
+    def _read_part(self, part: Part) -> Tensor:
+        tensor = self._source.read(self._stored_names[part.name])
+        tensor = tensor.t() if part.transposed else tensor
+        return tensor if part.convert is None else part.convert(tensor)
 
     def _read_quantized(self, key: str) -> QuantizedTensor | None:
         """The parts of a parameter as whole numbers, joined; None unless the file holds all of them so."""
@@ -176,13 +203,6 @@ class ParameterReader:
                 return None
             found.append(stored if part.convert is None else stored.map_rows(part.convert))
         return join_rows(found)
-
-    def _read_part(self, part: Part, target: Tensor) -> None:
-        into = target if part.is_plain and target.device.type == "cpu" else None
-        tensor = self._source.read(self._stored_names[part.name], into)
-        if tensor is not into:
-            tensor = tensor.t() if part.transposed else tensor
-            target.copy_(tensor if part.convert is None else part.convert(tensor))
 
     def _check(self) -> None:
         """Compare names and shapes of the checkpoint with the plan; raises on the first kind of difference."""
@@ -204,6 +224,11 @@ class ParameterReader:
         for name, part in wanted.items():
             info = self._source.tensors[self._stored_names[name]]
             _check_shape(name, info, part)
+
+
+def _num_weights(parameter: Parameter) -> int:
+    """Entries of a matrix; 0 for vectors, which take no time."""
+    return sum(math.prod(part.shape) for part in parameter.parts if len(part.shape) > 1)
 
 
 def _canonical_names(source: TensorSource, names: WeightNames) -> dict[str, str]:
