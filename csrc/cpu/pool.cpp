@@ -122,7 +122,8 @@ void Team::barrier() {
   if (state_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     state_.arrived.store(0, std::memory_order_relaxed);
     for (int i = 0; i < size; ++i) state_.shares[i].taken.store(0, std::memory_order_relaxed);
-    state_.round.store(round + 1, std::memory_order_release);
+    // In one order with the look at the sleepers in notify_all, or one that falls asleep just now would be missed.
+    state_.round.store(round + 1, std::memory_order_seq_cst);
     state_.round.notify_all();
     return;
   }

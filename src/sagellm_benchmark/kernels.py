@@ -125,7 +125,7 @@ def plan_kernels(
     return KernelPlan(
         groups=tuple(group for group in groups if group.cases and (not ops or group.op in ops)),
         ops=provider.ops,
-        reference=OpTable.build("cpu", reference_only=True),
+        reference=get_provider("cpu", native=False).ops,
         num_threads=num_threads or torch.get_num_threads(),
         shape=shape,
     )
@@ -182,7 +182,6 @@ def time_in_turns(calls: Sequence[Call], seconds: float) -> list[float]:
 
 
 def _raise_limits(limits: Limits, result: KernelResult) -> Limits:
-    """A linear layer that reads its weights, or multiplies, faster than the probes shows what the machine can do."""
-    if result.case.op != "linear":  # other operands may lie in a cache
-        return limits
-    return limits.raised(read=result.bytes_per_second, arithmetic=result.case.arithmetic, flops=result.flops_per_second)
+    """What a kernel reaches the machine can do. Of reads only linear layers tell: other operands may lie in a cache."""
+    read = result.bytes_per_second if result.case.op == "linear" else 0.0
+    return limits.raised(read=read, arithmetic=result.case.arithmetic, flops=result.flops_per_second)

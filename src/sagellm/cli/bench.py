@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -169,22 +170,26 @@ def _add_rates(table: Table, result: dict[str, Any], names: dict[str, str]) -> N
 
 
 def kernels_table(report: KernelReport) -> Table:
-    """One line a case."""
-    table = Table("op", "case", "time", "GB/s", "of limit", "GFLOP/s", "of limit", "reference / it")
+    """One line a case, under the name of its op and its implementation."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("case", "time", "GB/s", "of limit", "GFLOP/s", "of limit", "× ref."):
+        table.add_column(column, no_wrap=True, justify="left" if column == "case" else "right")
     op = None
     for result in report.results:
-        if op not in (None, result.case.op):
+        case = result.case
+        if op != case.op:
+            op = case.op
             table.add_section()
-        op = result.case.op
+            table.add_row(f"{op}, {result.source}", style="bold")
+        has_flops = case.flops > 0
         table.add_row(
-            op,
-            result.case.label,
+            case.label,
             _time(result.seconds),
             f"{result.bytes_per_second / 1e9:.1f}",
             f"{result.bytes_per_second / report.limits.read_bytes_per_second:.0%}",
-            f"{result.flops_per_second / 1e9:.1f}" if result.case.flops else "-",
-            f"{result.flops_per_second / report.limits.peak(result.case.arithmetic):.0%}" if result.case.flops else "-",
-            "-" if result.speedup is None else f"{result.speedup:.2f}",
+            f"{result.flops_per_second / 1e9:.1f}" if has_flops else "",
+            f"{result.flops_per_second / report.limits.peak(case.arithmetic):.0%}" if has_flops else "",
+            "" if result.speedup is None else f"{result.speedup:.1f}",
         )
     return table
 
