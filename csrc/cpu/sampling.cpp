@@ -3,7 +3,8 @@
 // The definition is sagellm_backend/reference/sampling.py. A row is looked at through the maxima of its blocks: where
 // only the most probable tokens matter, the blocks below them are never read again. Tokens that matter are counted and
 // weighed in bins of falling probability; only the bins in which a filter cuts or the draw falls are put in order. So
-// the cost is that of one pass for the maxima and, where the filters need the sum of all weights, one with exponentials.
+// the cost is that of one pass for the maxima and, where the filters need the sum of all weights, one with
+// exponentials.
 //
 // Sums run over blocks, bins and tokens in one order, on one thread: results do not depend on the number of threads.
 #include <algorithm>
@@ -51,7 +52,8 @@ Best best_of(const float* row, int first, int last) {
   return {-kInfinity, first};  // nothing but NaN
 }
 
-// ---- drawing ---------------------------------------------------------------------------------------------------------
+// ---- drawing
+// ---------------------------------------------------------------------------------------------------------
 
 constexpr int kNucleusBlocks = 64;  // blocks searched first for a nucleus; most lie in far fewer
 constexpr int kBins = 2048;
@@ -68,9 +70,9 @@ struct Row {
   double top_p;     // 1 = off
   double uniform;
   float temperature;
-  float min_p;  // the least weight that stays; 0 = off
-  float* maxima;   // [blocks]
-  double* sums;    // [blocks] of weights
+  float min_p;    // the least weight that stays; 0 = off
+  float* maxima;  // [blocks]
+  double* sums;   // [blocks] of weights
 
   bool needs_sums() const { return !is_greedy && (!is_ordered || top_k == 0); }
 };
@@ -226,7 +228,8 @@ class Candidates {
 
   // How many have a weight of at least `min_p`.
   int likely(float min_p) const {
-    return static_cast<int>(std::count_if(tokens_, tokens_ + count_, [&](const Token& t) { return t.weight >= min_p; }));
+    return static_cast<int>(
+        std::count_if(tokens_, tokens_ + count_, [&](const Token& t) { return t.weight >= min_p; }));
   }
 
   // The first place where enough(count, weight) holds, which once true stays true; the last place if there is none.
