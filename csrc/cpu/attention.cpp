@@ -153,6 +153,7 @@ struct Items {
 template <class E>
 class Attend {
   using T = typename E::T;
+  using Stored = typename E::Stored;
   using Word = typename E::Word;
   static constexpr int kSplitWords = kSplit / E::kStep;
   static constexpr int kChunks = kSplit / kLanes;
@@ -163,20 +164,23 @@ class Attend {
         item_(item),
         order_(a),
         tiles_(item.rows),
-        keys_(static_cast<const T*>(a.cache) + item.kv_head * order_.head),
+        keys_(static_cast<const Stored*>(a.cache) + item.kv_head * order_.head),
         values_(keys_ + order_.plane),
         table_(a.block_tables + static_cast<std::ptrdiff_t>(item.request) * a.table_width) {
     const int words = a.head_dim / E::kStep;
     const std::ptrdiff_t records = kItemRows * Record::floats(a.head_dim);
     const int padded = (a.head_dim + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
-    auto* memory = static_cast<float*>(scratch(sizeof(float) * (2 * records + kTileRows * (kSplit + kSplitWords + 1) +
-                                                                kItemRows * words + 2 * padded + kLanes),
+    const std::ptrdiff_t wide = kHasScales<E> ? kSplit * a.head_dim / E::kStep : 0;
+    auto* memory = static_cast<float*>(scratch(sizeof(float) * (2 * records + kTileRows * (kSplit + kSplitWords) +
+                                                                kItemRows * words + 2 * (wide + padded) + kLanes),
                                                0));
     const auto take = [&](std::ptrdiff_t count) {
       float* start = memory;
       memory += count;
       return start;
     };
+    wide_keys_ = reinterpret_cast<T*>(take(wide));
+    wide_values_ = reinterpret_cast<T*>(take(wide));
     scores_ = take(kTileRows * kSplit);
     weights_ = reinterpret_cast<Word*>(take(kTileRows * kSplitWords));
     records_[0] = take(records);
@@ -219,6 +223,7 @@ class Attend {
       std::memcpy(split_keys_, next_keys_, sizeof split_keys_);
       find(values_, start, until, split_values_);
       find(keys_, start + kSplit, item_.end(), next_keys_);
+      if constexpr (kHasScales<E>) widen(start, lowest, until);
       for (int t = 0; t < tiles_.count; ++t) {
         const int first = tiles_.first(t), size = tiles_.size(t);
         const int low = item_.low(first) - start, high = item_.position(first + size - 1) + 1 - start;
@@ -242,7 +247,7 @@ class Attend {
   Record record(float* records, int row) const { return {records + row * Record::floats(a_.head_dim), a_.head_dim}; }
   // Where each sixteen tokens of the split from `start` on stand in a plane. Those behind `until` get some address that
   // may be asked for.
-  void find(const T* plane, int start, int until, const T* (&chunks)[kChunks]) const {
+  void find(const Stored* plane, int start, int until, const Stored* (&chunks)[kChunks]) const {
     for (int c = 0; c < kChunks; ++c) {
       const int token = start + c * kLanes;
       const int block = token / a_.block_size;
@@ -252,6 +257,47 @@ class Attend {
                                        (plane == keys_ ? order_.key(offset) : order_.value(offset));
     }
   }
+
+  // Codes and scales of the tokens from `lowest` to `until`, as far as they are in the split from `start` on.
+  void widen(int start, int lowest, int until) {
+    constexpr std::ptrdiff_t kRow = E::kWidened;
+    const std::ptrdiff_t size = kLanes * a_.head_dim;
+    const auto each = [&](T* out, const Stored* const* chunks, std::ptrdiff_t step, const Stored* const* ahead,
+                          std::ptrdiff_t ahead_step) {
+      for (int c = lowest > start ? (lowest - start) / kLanes : 0; c < kChunks && start + c * kLanes < until; ++c) {
+        for (int i = 0; i < a_.head_dim / E::kStep; ++i) {
+          E::widen(chunks[c] + i * step, out + c * size + i * kRow);
+          __builtin_prefetch(ahead[c] + i * ahead_step, 0, 2);
+        }
+      }
+    };
+    each(wide_keys_, split_keys_, order_.key_step(), split_values_, kRow);
+    each(wide_values_, split_values_, kRow, next_keys_, order_.key_step());
+    for (int c = 0; c < kChunks; ++c) {
+      const int token = start + c * kLanes;
+      const bool used = token + kLanes > lowest && token < until;
+      const std::ptrdiff_t block = used ? table_[token / a_.block_size] * order_.block : 0;
+      const std::ptrdiff_t place = block + order_.scales() + token % a_.block_size * sizeof(float);
+      std::memcpy(key_scales_ + c * kLanes, keys_ + place, kLanes * sizeof(float));
+      std::memcpy(value_scales_ + c * kLanes, values_ + place, kLanes * sizeof(float));
+    }
+    // Behind the tokens stands anything, and a weight of 0 does not undo a NaN.
+    for (int i = until - start; i < kSplit; ++i) value_scales_[i] = 0.0f;
+  }
+
+  SAGE_MEMBER const T* key_columns(int chunk) const {
+    if constexpr (kHasScales<E>)
+      return wide_keys_ + chunk * kLanes * a_.head_dim;
+    else
+      return split_keys_[chunk];
+  }
+  SAGE_MEMBER const T* value_columns(int chunk) const {
+    if constexpr (kHasScales<E>)
+      return wide_values_ + chunk * kLanes * a_.head_dim;
+    else
+      return split_values_[chunk];
+  }
+  SAGE_MEMBER std::ptrdiff_t key_step() const { return kHasScales<E> ? kLanes * E::kStep : order_.key_step(); }
 
   // scores_[r][j] = log2(e) * score of row r and token start + j for the groups of sixteen from `begin` to `end`.
   template <int kRows>
@@ -269,19 +315,20 @@ class Attend {
     V16 sums[kRows][kGroups];
 #pragma GCC unroll 4
     for (int b = 0; b < kGroups; ++b) {
-      columns[b] = split_keys_[j / kLanes + b];
-      ahead[b] = split_values_[j / kLanes + b];
+      columns[b] = key_columns(j / kLanes + b);
+      ahead[b] = value_columns(j / kLanes + b);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sums[r][b] = set1(0.0f);
     }
     const int words = a_.head_dim / E::kStep;
-    multiply<E, kRows, kGroups, kRows, 1>(sums, q_ + first * words, columns, order_.key_step(), ahead,
-                                          kLanes * E::kStep, words);
+    multiply<E, kRows, kGroups, kRows, 1>(sums, q_ + first * words, columns, key_step(), ahead, kLanes * E::kStep,
+                                          words);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int b = 0; b < kGroups; ++b) {
         V16 score = sums[r][b] * set1(a_.scale);
+        if constexpr (kHasScales<E>) score = score * load(key_scales_ + j + b * kLanes);
         if (a_.soft_cap > 0.0f) score = set1(a_.soft_cap) * tanh(score / set1(a_.soft_cap));
         store(scores_ + r * kSplit + j + b * kLanes, score * set1(kLog2E));
       }
@@ -309,14 +356,21 @@ class Attend {
     for (int j = begin + kLanes; j < padded; j += kLanes) best = max(load(scores + j), best);
     const float top = reduce_max(best);
     const float peak = top > record.peak() ? top : record.peak();
+    V16 total = set1(0.0f);
     for (int j = begin; j < padded; j += kWidth) {
       for (int i = j; i < j + kWidth; i += kLanes) {
-        store(scores + i, exp2_weight(load(scores + i) - set1(peak)));
+        V16 weight = exp2_weight(load(scores + i) - set1(peak));
+        if constexpr (kHasScales<E>) {
+          total = total + weight;
+          weight = weight * load(value_scales_ + i);
+        }
+        store(scores + i, weight);
       }
       E::store_words(weights + j / E::kStep, scores + j);
     }
-    V16 total = set1(0.0f);
-    for (int j = begin; j < padded; j += kWidth) total = E::add(weights + j / E::kStep, total);
+    if constexpr (!kHasScales<E>) {
+      for (int j = begin; j < padded; j += kWidth) total = E::add(weights + j / E::kStep, total);
+    }
     decays_[r] = exp2_weight(record.peak() - peak);
     record.total() = __builtin_fmaf(record.total(), decays_[r], reduce_add(total));
     record.peak() = peak;
@@ -346,19 +400,20 @@ class Attend {
       }
     }
     for (int j = begin; j < end; j += kLanes) {
-      const T* entry = split_values_[j / kLanes] + d * E::kStep;
-      const T* next = next_keys_[j / kLanes] + d / kLanes * kWords * order_.key_step();
+      const T* entry = value_columns(j / kLanes) + d * E::kStep;
+      const T* next = entry;
+      if constexpr (!kHasScales<E>) next = next_keys_[j / kLanes] + d / kLanes * kWords * key_step();
       const T* columns[kGroups];
       const T* ahead[kGroups];  // the next split's keys: as many lines as there are steps here
 #pragma GCC unroll 4
       for (int b = 0; b < kGroups; ++b) {
         columns[b] = entry + b * kLanes * E::kStep;
-        ahead[b] = next + b * kWords * order_.key_step();
+        ahead[b] = next + (kHasScales<E> ? 0 : b * kWords * key_step());
       }
       const Word* words = weights_ + j / E::kStep;
       const int tokens = end - j < kLanes ? end - j : kLanes;
-      multiply<E, kRows, kGroups, 1, kSplitWords>(sums, words, columns, order_.value_step(), ahead, order_.key_step(),
-                                                  tokens / E::kStep);
+      multiply<E, kRows, kGroups, 1, kSplitWords>(sums, words, columns, order_.value_step(), ahead,
+                                                  kHasScales<E> ? 0 : key_step(), tokens / E::kStep);
       if (tokens % E::kStep != 0) {
         // The last token's partner holds anything: a weight of 0 does not undo a NaN.
         alignas(64) T single[kGroups][kLanes * E::kStep] = {};
@@ -384,17 +439,21 @@ class Attend {
   const Item& item_;
   const Order<E> order_;
   const RowTiles tiles_;
-  const T* keys_;  // of this KV head in the first block
-  const T* values_;
+  const Stored* keys_;  // of this KV head in the first block
+  const Stored* values_;
   const std::int32_t* table_;
   float* scores_;      // [kTileRows, kSplit]
   Word* weights_;      // [kTileRows, kSplitWords]
   float* records_[2];  // [rows]
   Word* q_;            // tile by tile, [words, rows]
   float* decays_;      // [kTileRows]
-  const T* split_keys_[kChunks];
-  const T* split_values_[kChunks];
-  const T* next_keys_[kChunks];  // of the next split
+  const Stored* split_keys_[kChunks];
+  const Stored* split_values_[kChunks];
+  const Stored* next_keys_[kChunks];  // of the next split
+  T* wide_keys_;                      // [kChunks, head_dim / kStep, kLanes, kStep]: the split's codes
+  T* wide_values_;                    // [kChunks, kLanes / kStep, head_dim, kStep]
+  float key_scales_[kHasScales<E> ? kSplit : 1];
+  float value_scales_[kHasScales<E> ? kSplit : 1];
 };
 
 // Whether a thread that took the longest item would keep the others waiting.
@@ -466,6 +525,7 @@ void attention_as(const AttentionArgs& a, Team& team) {
 void attention(const AttentionArgs& a, Team& team) {
   if (a.type == Element::kF32) return attention_as<SingleEntries<F32>>(a, team);
   if (a.type == Element::kBF16) return attention_as<PairedEntries>(a, team);
+  if (a.type == Element::kInt8) return attention_as<CodeEntries>(a, team);
   attention_as<SingleEntries<F16>>(a, team);
 }
 

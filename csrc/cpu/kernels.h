@@ -19,7 +19,7 @@ inline constexpr int kLanes = 16;
 // Context tokens whose softmax is computed in one piece; pieces are merged in order.
 inline constexpr int kSplit = 256;
 
-enum class Element : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
+enum class Element : int { kF32 = 0, kBF16 = 1, kF16 = 2, kInt8 = 3 };  // kInt8: of caches, see kv_cache.h
 
 // How a packed matrix is stored; the first three are elements as they are.
 enum class Format : int { kF32 = 0, kBF16 = 1, kF16 = 2, kInt = 3 };

@@ -1,10 +1,10 @@
 """`AttentionMetadata`: what the KV ops must know about one step.
 
 Shapes below use R for scheduled requests and T for scheduled tokens. The KV cache tensor of one layer is
-`[2, num_blocks, num_kv_heads, block_size, head_dim]` (0 = K, 1 = V); the slot of a token is
-`block_id * block_size + offset`. Two ops read this metadata, and their contracts stand in
-`sagellm_backend.reference`: `reshape_and_cache` writes K and V of the step's tokens to `slot_mapping`,
-`paged_attention` lets each token attend to every earlier token of its request, itself included.
+`[2, num_blocks, num_kv_heads, block_size, head_dim]` (0 = K, 1 = V; in an int8 cache the last dimension also holds a
+scale, see `KVLayout`); the slot of a token is `block_id * block_size + offset`. Two ops read this metadata, and their
+contracts stand in `sagellm_backend.reference`: `reshape_and_cache` writes K and V of the step's tokens to
+`slot_mapping`, `paged_attention` lets each token attend to every earlier token of its request, itself included.
 """
 
 from __future__ import annotations

@@ -16,10 +16,25 @@ from torch import Tensor
 
 from sagellm_protocol import DType, InvalidArgumentError, KVBlock, KVErrorCode, ResourceExhaustedError
 
+_SCALE_BYTES = torch.float32.itemsize
+
+
+def entry_size(head_dim: int, dtype: torch.dtype) -> int:
+    """The last dimension of a cache: head_dim, in an int8 cache with a float32 scale behind the codes."""
+    return head_dim + _SCALE_BYTES if dtype is torch.int8 else head_dim
+
+
+def cached_head_dim(kv_cache: Tensor) -> int:
+    """The head_dim of a cache `[2, num_blocks, num_kv_heads, block_size, entry_size]`."""
+    return kv_cache.shape[-1] - entry_size(0, kv_cache.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Shape of a model's KV cache: `[2, num_blocks, num_kv_heads, block_size, head_dim]` a layer, 0 = K, 1 = V."""
+    """Shape of a model's KV cache: `[2, num_blocks, num_kv_heads, block_size, entry_size]` a layer, 0 = K, 1 = V.
+
+    An entry holds head_dim numbers of `dtype`; torch.int8 means codes with a float32 scale an entry (see `entry_size`).
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -34,9 +49,14 @@ class KVLayout:
                 raise InvalidArgumentError(f"KVLayout.{name} must be at least 1, got {value}", field=name)
 
     @property
+    def entry_size(self) -> int:
+        """Numbers of `dtype` that the key or the value of one token and head takes, scale included."""
+        return entry_size(self.head_dim, self.dtype)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that K and V of one token take over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.entry_size * self.dtype.itemsize
 
     @property
     def bytes_per_block(self) -> int:
@@ -45,7 +65,7 @@ class KVLayout:
 
     def layer_shape(self, num_blocks: int) -> tuple[int, int, int, int, int]:
         """Shape of one layer's tensor."""
-        return (2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
+        return (2, num_blocks, self.num_kv_heads, self.block_size, self.entry_size)
 
 
 def allocate_kv_cache(layout: KVLayout, num_blocks: int, device: torch.device) -> list[Tensor]:

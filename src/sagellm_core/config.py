@@ -16,7 +16,7 @@ from sagellm_compression.quantization import METHODS
 from sagellm_protocol import InvalidArgumentError, NotFoundError, SamplingParams, parse
 from sagellm_protocol.model import EdgeModel
 
-KVCacheDType = Literal["auto", "fp32", "fp16", "bf16"]
+KVCacheDType = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 
 
 class ConfigModel(EdgeModel):

@@ -57,6 +57,12 @@ def test_the_kv_cache_has_the_layout_and_is_zero(provider: BackendProvider) -> N
     assert layout.bytes_per_block == 4 * layout.bytes_per_token == 4 * 2 * 3 * 2 * 8 * 2
 
 
+def test_an_int8_cache_holds_a_scale_behind_the_codes() -> None:
+    layout = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype=torch.int8)
+    assert layout.layer_shape(5) == (2, 5, 2, 4, 8 + 4)
+    assert layout.bytes_per_token == 2 * 3 * 2 * (8 + 4)
+
+
 @pytest.mark.parametrize("field", ["num_layers", "num_kv_heads", "head_dim", "block_size"])
 def test_a_layout_of_nothing_is_refused(field: str) -> None:
     values: dict[str, Any] = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "block_size": 1, field: 0}

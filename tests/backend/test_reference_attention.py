@@ -190,6 +190,21 @@ def test_slots_below_zero_are_not_written() -> None:
     assert int((kv != 0).sum()) == 8
 
 
+def test_an_int8_cache_is_as_near_as_its_scale_says() -> None:
+    """Attention to one's own token alone gives its value: off by half a step of 1 / 127 of the largest number."""
+    q, k, v = torch.randn(3, 5, 2, 16, generator=torch.Generator().manual_seed(1)).unbind()
+    v[3] = 0.0
+    kv = torch.full((2, 5, 2, 4, 16 + 4), -1, dtype=torch.int8)
+    meta = AttentionMetadata.build(
+        query_lens=[1] * 5, context_lens=[1] * 5, block_tables=[[4], [2], [0], [1], [3]], block_size=4
+    )
+    reshape_and_cache(k, v, kv, meta.slot_mapping)
+    out = paged_attention(q, kv, meta, 0.25)
+    assert bool(((out - v).abs() <= v.abs().amax(-1, keepdim=True) / 254 + 1e-6).all())
+    largest = v.abs().argmax(-1, keepdim=True)
+    torch.testing.assert_close(out.gather(-1, largest), v.gather(-1, largest))
+
+
 def test_blocks_are_copied_as_they_were_before() -> None:
     kv = torch.arange(2 * 4 * 3).reshape(2, 4, 1, 3, 1).float()
     before = kv.clone()

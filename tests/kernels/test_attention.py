@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sagellm_backend import AttentionMetadata, reference
+from sagellm_backend.kv import entry_size
 
 if TYPE_CHECKING:
     from sagellm_backend.cpu.native import NativeOps
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# float32 products stay float32; for a bfloat16 cache queries and weights are rounded to 8 bits.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-5}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+# float32 products stay float32; for a bfloat16 or int8 cache queries and weights are rounded to 8 bits.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-5, torch.int8: 4e-2}
 
 
 @dataclasses.dataclass
@@ -49,7 +50,11 @@ class Requests:
         counts = [-(-n // block_size) for n in lens]
         order = torch.randperm(sum(counts) + 1, generator=generator).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in counts]
-        garbage = torch.full((2, sum(counts) + 1, heads[1], block_size, head_dim), float("nan"), dtype=dtype)
+        shape = (2, sum(counts) + 1, heads[1], block_size, entry_size(head_dim, dtype))
+        if dtype is torch.int8:
+            garbage = torch.full((*shape[:-1], shape[-1] // 4), float("nan")).view(torch.int8)
+        else:
+            garbage = torch.full(shape, float("nan"), dtype=dtype)
         self.cache, self.plain_cache = garbage, garbage.clone()
 
     def step(self, ops: object, parts: list[tuple[int, int, int]], options: Options | None = None) -> list[Tensor]:
@@ -89,11 +94,15 @@ class Requests:
 
 def plain_order(cache: Tensor) -> Tensor:
     """The numbers of a native cache where the reference has them; see csrc/cpu/kv_cache.h."""
-    _, blocks, heads, size, dim = cache.shape
-    pair = 2 if cache.dtype is torch.bfloat16 else 1
-    keys = cache[0].view(blocks, heads, dim // pair, size, pair).permute(0, 1, 3, 2, 4)
-    values = cache[1].view(blocks, heads, size // pair, dim, pair).permute(0, 1, 2, 4, 3)
-    return torch.stack([part.reshape(blocks, heads, size, dim) for part in (keys, values)])
+    _, blocks, heads, size, entry = cache.shape
+    dim = entry - entry_size(0, cache.dtype)
+    flat = cache.view(2, blocks, heads, size * entry)
+    numbers, scales = flat[..., : size * dim], flat[..., size * dim :]
+    pair = 2 if cache.dtype in (torch.bfloat16, torch.int8) else 1
+    keys = numbers[0].reshape(blocks, heads, dim // pair, size, pair).permute(0, 1, 3, 2, 4)
+    values = numbers[1].reshape(blocks, heads, size // pair, dim, pair).permute(0, 1, 2, 4, 3)
+    plain = torch.stack([part.reshape(blocks, heads, size, dim) for part in (keys, values)])
+    return torch.cat((plain, scales.reshape(2, blocks, heads, size, entry - dim)), dim=-1)
 
 
 def assert_close(rows: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
@@ -121,7 +130,7 @@ def test_bfloat16_rounds_queries_and_weights_and_nothing_else(ops: NativeOps) ->
     torch.testing.assert_close(two[1].double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 128])
 @pytest.mark.parametrize(
     "options", [Options(7), Options(260), Options(soft_cap=5.0), Options(30, 2.0)], ids=lambda o: str(vars(o))
@@ -131,11 +140,14 @@ def test_windows_and_caps(ops: NativeOps, head_dim: int, options: Options, dtype
     assert_close(requests.whole(ops, options), requests.whole(reference, options), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("block_size", [8, 16, 40, 64])
 @pytest.mark.parametrize("head_dim", [8, 32])
-def test_shapes_that_no_kernel_takes_go_to_the_reference(ops: NativeOps, head_dim: int, block_size: int) -> None:
-    requests = Requests([1, 70], head_dim=head_dim, block_size=block_size)
-    assert_close(requests.whole(ops), requests.whole(reference), torch.float32)
+def test_shapes_that_no_kernel_takes_go_to_the_reference(
+    ops: NativeOps, head_dim: int, block_size: int, dtype: torch.dtype
+) -> None:
+    requests = Requests([1, 70], head_dim=head_dim, block_size=block_size, dtype=dtype)
+    assert_close(requests.whole(ops), requests.whole(reference), dtype)
 
 
 @pytest.mark.parametrize("options", [Options(), Options(40, 3.0)], ids=["all", "window"])
@@ -147,7 +159,7 @@ def test_all_instruction_sets_agree_to_the_bit(
     rows = requests.whole(ops, options)
     written = requests.cache.clone()
     assert all(map(torch.equal, rows, requests.whole(portable_ops, options)))
-    assert torch.equal(written.nan_to_num(), requests.cache.nan_to_num())
+    assert torch.equal(written.view(torch.uint8), requests.cache.view(torch.uint8))
 
 
 def test_long_contexts_agree_to_the_bit_on_all_instruction_sets(ops: NativeOps, portable_ops: NativeOps) -> None:
@@ -239,10 +251,12 @@ def test_any_chunking_of_any_batch_is_the_reference(
 def test_cache_writes_round_like_torch(ops: NativeOps, dtype: torch.dtype) -> None:
     special = torch.tensor([0.0, -0.0, 1.0000001, 65519.0, 65520.0, 1e-8, 6e-8, -3e-5, 3.4e38, 1e-40, float("inf")])
     k = torch.randn(6, 2, 16)
-    k[0, 0, :11] = special
+    k[0, 0, :11] = special if dtype is not torch.int8 else special.clamp(max=300.0)
+    k[2, 1] = 0.0
+    k[3, 0] = torch.arange(16) - 7.5  # ties
     v = -k
     slots = torch.tensor([5, -1, 17, 0, 31, 16])
-    mine, theirs = (torch.zeros(2, 3, 2, 16, 16, dtype=dtype) for _ in range(2))
+    mine, theirs = (torch.zeros(2, 3, 2, 16, entry_size(16, dtype), dtype=dtype) for _ in range(2))
     ops.reshape_and_cache(k, v, mine, slots)
     reference.reshape_and_cache(k, v, theirs, slots)
     assert torch.equal(plain_order(mine), theirs)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from sagellm_backend.kv import cached_head_dim
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _LANES = 16
 
 
@@ -15,7 +17,8 @@ def kernel_cache(kv_cache: Tensor) -> tuple[int, int, int, int, int, int] | None
     Within one (block, KV head) the kernels order the numbers as they read them (csrc/cpu/kv_cache.h), so whoever
     writes a cache must also read it. That is why the answer depends on nothing but the cache.
     """
-    _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
+    _, num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    head_dim = cached_head_dim(kv_cache)
     fits = head_dim % _LANES == 0 and block_size % _LANES == 0 and kv_cache.is_contiguous()
     if not fits or kv_cache.dtype not in _TYPES:
         return None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sagellm_backend.attention import AttentionMetadata
 from sagellm_backend.invariance import CONTEXT_TILE, RowPlan, bmm_rows, row_plan
+from sagellm_backend.kv import cached_head_dim, entry_size
 from sagellm_backend.ops import ANY_KIND, register_op
 
 _SOURCE = "reference"
@@ -34,7 +35,8 @@ def reshape_and_cache(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tens
     """Write k and v `[T, KH, D]` to the slots `[T]` of `kv_cache [2, blocks, KH, block_size, D]`.
 
     A slot is `block * block_size + offset`; slots < 0 are skipped, others must differ from each other. Values are
-    rounded to the cache's dtype.
+    rounded to the cache's dtype. An int8 cache, `[.., D + 4]`, takes codes round(x / scale) and behind them the float32
+    scale, the largest magnitude of the token's head / 127.
     """
     if bool((slot_mapping < 0).any()):
         kept = slot_mapping >= 0
@@ -42,8 +44,26 @@ def reshape_and_cache(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tens
     block_size = kv_cache.shape[3]
     blocks = torch.div(slot_mapping, block_size, rounding_mode="floor")
     offsets = slot_mapping - blocks * block_size
-    kv_cache[0][blocks, :, offsets] = k.to(kv_cache.dtype)
-    kv_cache[1][blocks, :, offsets] = v.to(kv_cache.dtype)
+    kv_cache[0][blocks, :, offsets] = _stored(k, kv_cache.dtype)
+    kv_cache[1][blocks, :, offsets] = _stored(v, kv_cache.dtype)
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x [.., D]` as a cache of `dtype` holds it."""
+    if dtype is not torch.int8:
+        return x.to(dtype)
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    codes = (x / scale).nan_to_num_(nan=0.0).clamp_(-127, 127).round_().to(torch.int8)
+    return torch.cat((codes, scale.view(torch.int8)), dim=-1)
+
+
+def _loaded(stored: Tensor) -> Tensor:
+    """What `_stored` made, as numbers."""
+    if stored.dtype is not torch.int8:
+        return stored
+    codes, scale = stored[..., : -entry_size(0, torch.int8)], stored[..., -entry_size(0, torch.int8) :]
+    return codes * scale.contiguous().view(torch.float32)
 
 
 @register_op("copy_blocks", kind=ANY_KIND, priority=0, source=_SOURCE)
@@ -128,15 +148,16 @@ class _TileIndex:
 
     def read(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the tiles, each `[n * KH, CONTEXT_TILE, D]` float32."""
-        _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
+        _, _, num_kv_heads, block_size, entry = kv_cache.shape
+        head_dim = cached_head_dim(kv_cache)
         n = self.num_requests
         tile = torch.empty(2, n, num_kv_heads, CONTEXT_TILE, head_dim, device=kv_cache.device)
         for kv in (0, 1):
             if self.offsets is None:
-                blocks = kv_cache[kv].index_select(0, self.blocks).view(n, -1, num_kv_heads, block_size, head_dim)
+                blocks = _loaded(kv_cache[kv].index_select(0, self.blocks).view(n, -1, num_kv_heads, block_size, entry))
                 tile[kv].view(n, num_kv_heads, -1, block_size, head_dim).copy_(blocks.transpose(1, 2))
             else:
-                tile[kv].transpose(1, 2).copy_(kv_cache[kv][self.blocks, :, self.offsets])
+                tile[kv].transpose(1, 2).copy_(_loaded(kv_cache[kv][self.blocks, :, self.offsets]))
         keys, values = tile.view(2, n * num_kv_heads, CONTEXT_TILE, head_dim)
         return keys, values
 
@@ -190,7 +211,8 @@ class _DecodeGroup:
 
 def _attend_decodes(heads: _Heads, q: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
     """One query token a request, `q [R, H, D]`; the j-th product holds the j-th visible tile of every request."""
-    _, _, num_kv_heads, block_size, head_dim = heads.kv_cache.shape
+    num_kv_heads, block_size = heads.kv_cache.shape[2:4]
+    head_dim = cached_head_dim(heads.kv_cache)
     size = max(1, _DECODE_GATHER // (CONTEXT_TILE * num_kv_heads * head_dim))
 
     def plan(meta: AttentionMetadata) -> list[_DecodeGroup]:
