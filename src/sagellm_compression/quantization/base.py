@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sagellm_backend import OpTable, PackedLinear, QuantizedTensor
 
-# Rows quantized at a time: their float32 copies stay small beside the weight.
-_ROWS = 2048
+# Weights quantized at a time: their float32 copies stay in a core's cache.
+_PIECE = 1 << 20
 
 
 class QuantMethod(ABC):
@@ -23,15 +23,16 @@ class QuantMethod(ABC):
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """A matrix [N, K] of any float dtype."""
-        parts = [self.quantize_rows(rows) for rows in torch.split(weight, _ROWS)]
-        mins = None if parts[0].mins is None else torch.cat([part.mins for part in parts if part.mins is not None])
-        return QuantizedTensor(
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            mins,
-            parts[0].bits,
-            parts[0].group_size,
-        )
+        pieces = torch.split(weight, max(1, _PIECE // weight.shape[1]))
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        parts = []
+        for rows, target in zip(pieces, torch.split(codes, len(pieces[0])), strict=True):
+            part = self.quantize_rows(rows)
+            target.copy_(part.codes)
+            parts.append((part.scales, part.mins))
+        mins = [minima for _, minima in parts if minima is not None]
+        scales = torch.cat([scale for scale, _ in parts])
+        return QuantizedTensor(codes, scales, torch.cat(mins) if mins else None, part.bits, part.group_size)
 
     def pack(self, ops: OpTable, weight: Tensor) -> PackedLinear:
         """The matrix quantized, in the form that the backend's `linear` reads."""
