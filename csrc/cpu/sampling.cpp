@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kBlock = 256;  // columns whose maximum is taken before anybody looks where it stands
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();  // of the logits that have a probability
 
 struct Best {
   float value;
@@ -56,8 +57,6 @@ Best best_of(const float* row, int first, int last) {
 // ---------------------------------------------------------------------------------------------------------
 
 constexpr int kNucleusBlocks = 64;  // blocks searched first for a nucleus; most lie in far fewer
-constexpr int kBins = 2048;
-constexpr float kBinsPerNat = kBins / 88.0f;  // e^-88 is 0 for exp()
 
 // One row and what is wanted of it.
 struct Row {
@@ -190,146 +189,174 @@ int draw_unordered(const Row& row, float peak) {
   return block * kBlock + last;
 }
 
-struct Token {
-  float value;
-  float weight;
-  int id;
-  int bin;
-};
-
-struct Bin {
-  double weight;
-  int count;
-};
-
 // A token in falling order, and the tokens up to and including it.
 struct Place {
   int count;
   double weight;
-  float value;
   int id;
 };
 
-// The tokens of a row whose logits are at least `floor`, in bins of falling probability.
+// The tokens of a row whose logits are at least `floor`, in bins of rising probability.
 class Candidates {
  public:
-  Candidates(const Row& row, float peak, float floor) {
-    char* memory = static_cast<char*>(scratch(sizeof(Bin) * kBins + sizeof(Token) * 2 * row.size, 0));
+  Candidates(const Row& row, float peak, float floor) : row_(row), peak_(peak), floor_(floor) {
+    const std::size_t places = static_cast<std::size_t>(row.blocks) * kBlock;
+    auto* memory = static_cast<char*>(
+        scratch(sizeof(Bin) * kBins + sizeof(Token) * places + sizeof(int) * row.blocks + sizeof(Place16) * places, 0));
     bins_ = reinterpret_cast<Bin*>(memory);
-    tokens_ = reinterpret_cast<Token*>(memory + sizeof(Bin) * kBins);
-    some_ = tokens_ + row.size;
+    some_ = reinterpret_cast<Token*>(bins_ + kBins);
+    blocks_ = reinterpret_cast<int*>(some_ + places);
+    bin_of_ = reinterpret_cast<Place16*>(blocks_ + row.blocks);
     std::fill_n(bins_, kBins, Bin{0.0, 0});
     for (int b = 0; b < row.blocks; ++b) {
-      if (row.maxima[b] >= floor) take_block(row, peak, floor, b);
+      if (row.maxima[b] >= floor) take(b);
     }
+    for (int b = 0; b < kBins; ++b) count_ += bins_[b].count;
   }
 
   int count() const { return count_; }
 
   // How many have a weight of at least `min_p`.
   int likely(float min_p) const {
-    return static_cast<int>(
-        std::count_if(tokens_, tokens_ + count_, [&](const Token& t) { return t.weight >= min_p; }));
+    int count = 0;
+    alignas(64) float weights[kLanes];
+    for (int t = 0; t < taken_; ++t) {
+      const int size = block_size(row_, blocks_[t]);
+      for (int i = 0; i < size; i += kLanes) {
+        const V16 values = load_or_lowest(row_.x + blocks_[t] * kBlock + i, size - i);
+        store(weights, zero_where_less(weights_of(values), values, set1(floor_)));
+        for (int j = 0; j < kLanes; ++j) count += weights[j] >= min_p;
+      }
+    }
+    return count;
   }
 
-  // The first place where enough(count, weight) holds, which once true stays true; the last place if there is none.
+  // The first place in falling order where enough(count, weight) holds, which once true stays true; the last place if
+  // there is none. `with_equals`: the last place with the same value instead.
   template <class Enough>
-  Place first(const Enough& enough) {
-    Place place{0, 0.0, 0.0f, 0};
-    int bin = 0;
-    for (int b = 0; b < kBins && place.count < count_; ++b) {
-      bin = b;
-      const int count = place.count + bins_[b].count;
-      const double weight = place.weight + bins_[b].weight;
+  Place first(const Enough& enough, bool with_equals = false) {
+    Place place{0, 0.0, 0};
+    int bin = kBins - 1;
+    for (; bin > kNothing; --bin) {
+      const int count = place.count + bins_[bin].count;
+      const double weight = place.weight + bins_[bin].weight;
       if (count == count_ || enough(count, weight)) break;
       place.count = count;
       place.weight = weight;
     }
-    const int size = ordered(bin);
-    for (int i = 0; i < size; ++i) {
-      place = {place.count + 1, place.weight + some_[i].weight, some_[i].value, some_[i].id};
-      if (enough(place.count, place.weight)) break;
+    if (bin != ordered_) put_in_order(bin);
+    for (int i = 0; i < size_; ++i) {
+      place = {place.count + 1, place.weight + some_[i].weight, some_[i].id};
+      if (!enough(place.count, place.weight)) continue;
+      if (!with_equals || i + 1 == size_ || some_[i + 1].value != some_[i].value) break;
     }
     return place;
   }
 
-  // The last place whose value equals that of `place`.
-  Place with_equals(Place place) const {
-    int equals = 0;
-    float weight = 0.0f;
-    int id = place.id;
-    for (int i = 0; i < count_; ++i) {
-      if (tokens_[i].value != place.value || tokens_[i].id <= place.id) continue;
-      ++equals;
-      weight = tokens_[i].weight;
-      id = tokens_[i].id;
-    }
-    return {place.count + equals, place.weight + equals * static_cast<double>(weight), place.value, id};
-  }
-
  private:
-  void take_block(const Row& row, float peak, float floor, int block) {
-    const float* x = row.x + block * kBlock;
-    const int size = block_size(row, block);
+  using Place16 = std::uint16_t;
+  struct Bin {
+    double weight;
+    int count;
+  };
+  struct Token {
+    float value;
+    float weight;
+    int id;
+  };
+  static constexpr int kNothing = 0;  // the bin of what is below the floor
+  static constexpr int kBins = 2048;
+  static constexpr float kBinsPerNat = (kBins - 8) / 88.0f;  // e^-88 is 0 for exp()
+
+  V16 weights_of(V16 values) const { return exp(scaled(values, set1(peak_), set1(row_.temperature))); }
+
+  void take(int block) {
+    const float* x = row_.x + block * kBlock;
+    const int size = block_size(row_, block);
+    Place16* bin_of = bin_of_ + taken_ * kBlock;
     alignas(64) float weights[kLanes];
     alignas(64) float places[kLanes];
-    for (int i = 0; i < size; i += kLanes) {
-      const V16 values = load_or_lowest(x + i, size - i);
-      if (!(reduce_max(max(values, set1(-kInfinity))) >= floor)) continue;
-      const V16 nats = scaled(values, set1(peak), set1(row.temperature));
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const V16 values = max(load_or_lowest(x + i, size - i), set1(-kInfinity));
+      if (!(reduce_max(values) >= floor_)) {
+        std::fill_n(bin_of + i, kLanes, Place16{kNothing});
+        continue;
+      }
+      const V16 nats = scaled(values, set1(peak_), set1(row_.temperature));
+      const V16 place = max(nats * set1(kBinsPerNat) + set1(kBins - 1), set1(1.0f));
+      store(places, zero_where_less(place, values, set1(floor_)));
       store(weights, exp(nats));
-      store(places, nats * set1(-kBinsPerNat));
-      const int count = size - i < kLanes ? size - i : kLanes;
-      for (int j = 0; j < count; ++j) {
-        const float value = x[i + j];
-        if (weights[j] == 0.0f || !(value >= floor)) continue;
-        const int bin = places[j] < kBins - 1 ? static_cast<int>(places[j]) : kBins - 1;
+      for (int j = 0; j < kLanes; ++j) {
+        const int bin = static_cast<int>(places[j]);
+        bin_of[i + j] = static_cast<Place16>(bin);
+        if (bin == kNothing) continue;
         bins_[bin].weight += weights[j];
         bins_[bin].count += 1;
-        tokens_[count_++] = {value, weights[j], block * kBlock + i + j, bin};
       }
     }
+    blocks_[taken_++] = block;
   }
 
-  // Puts the tokens of a bin into some_, in falling order, equals by rising id; returns how many.
-  int ordered(int bin) {
-    int size = 0;
-    for (int i = 0; i < count_; ++i) {
-      if (tokens_[i].bin == bin) some_[size++] = tokens_[i];
+  // Puts the tokens of a bin into some_, in falling order, equals by rising id.
+  void put_in_order(int bin) {
+    constexpr int kGlance = 64;
+    ordered_ = bin;
+    size_ = 0;
+    for (int p = 0; p < taken_ * kBlock; p += kGlance) {
+      int any = 0;
+      for (int i = 0; i < kGlance; ++i) any |= bin_of_[p + i] == bin;
+      if (any == 0) continue;
+      for (int i = p; i < p + kGlance; ++i) {
+        if (bin_of_[i] != bin) continue;
+        const int id = blocks_[i / kBlock] * kBlock + i % kBlock;
+        some_[size_++] = {row_.x[id], 0.0f, id};
+      }
+    }
+    alignas(64) float lanes[kLanes];
+    for (int i = 0; i < size_; i += kLanes) {
+      const int count = size_ - i < kLanes ? size_ - i : kLanes;
+      for (int j = 0; j < kLanes; ++j) lanes[j] = j < count ? some_[i + j].value : peak_;
+      store(lanes, weights_of(load(lanes)));
+      for (int j = 0; j < count; ++j) some_[i + j].weight = lanes[j];
     }
     const auto before = [](const Token& a, const Token& b) {
       return a.value > b.value || (a.value == b.value && a.id < b.id);
     };
     // A bin of equals, the worst case of many tokens in one bin, comes in order.
-    if (!std::is_sorted(some_, some_ + size, before)) std::sort(some_, some_ + size, before);
-    return size;
+    if (!std::is_sorted(some_, some_ + size_, before)) std::sort(some_, some_ + size_, before);
   }
 
-  Bin* bins_;
-  Token* tokens_;
-  Token* some_;
+  const Row& row_;
+  float peak_;
+  float floor_;
+  Bin* bins_;        // [kBins]
+  Token* some_;      // [size_] the tokens of the bin ordered_
+  int* blocks_;      // [taken_] those that reach the floor
+  Place16* bin_of_;  // [taken_ * kBlock]
+  int taken_ = 0;
   int count_ = 0;
+  int ordered_ = kNothing;
+  int size_ = 0;
 };
 
-// A value that at least `count` tokens reach: a maximum of a block for each; -inf where there are too few blocks.
+// A value that at least `count` tokens reach, a maximum of a block for each, or one below all that matter.
 float reached_by(const Row& row, int count) {
-  if (count > row.blocks) return -kInfinity;
+  if (count > row.blocks) return kLowest;
   auto* maxima = static_cast<float*>(scratch(sizeof(float) * row.blocks, 1));
   std::copy_n(row.maxima, row.blocks, maxima);
   std::nth_element(maxima, maxima + count - 1, maxima + row.blocks, [](float a, float b) { return a > b; });
-  return maxima[count - 1];
+  return std::max(maxima[count - 1], kLowest);
 }
 
 // In falling order, among the tokens that top-k, top-p and min-p leave.
 int draw_ordered(const Row& row, float peak) {
   float floor = reached_by(row, row.top_k > 0 ? row.top_k : kNucleusBlocks);
-  for (;; floor = -kInfinity) {
+  for (;; floor = kLowest) {
     Candidates candidates(row, peak, floor);
     int most = candidates.count();
     double total = 0.0;  // of what top-k leaves
     if (row.top_k > 0) {
-      const Place kth = candidates.first([&](int count, double) { return count >= row.top_k; });
-      const Place last = candidates.with_equals(kth);
+      const Place last = candidates.first([&](int count, double) { return count >= row.top_k; }, true);
       most = last.count;
       total = last.weight;
     } else {
@@ -340,9 +367,12 @@ int draw_ordered(const Row& row, float peak) {
     const int limit = likely < most ? likely : most;
     const Place end = candidates.first([&](int count, double weight) { return count >= limit || weight >= nucleus; });
     const bool is_whole = row.top_k > 0 || limit < candidates.count() || end.weight >= nucleus;
-    if (!is_whole && floor > -kInfinity) continue;  // the nucleus reaches below the floor
+    if (!is_whole && floor > kLowest) continue;  // the nucleus reaches below the floor
     const double target = row.uniform * end.weight;
-    return candidates.first([&](int count, double weight) { return weight > target || count >= end.count; }).id;
+    // At the end where rounding puts the target on it, but never at a token without weight.
+    return candidates
+        .first([&](int count, double weight) { return weight > target || weight >= end.weight || count >= end.count; })
+        .id;
   }
 }
 

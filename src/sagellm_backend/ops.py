@@ -204,6 +204,7 @@ class OpTable:
     paged_attention: PagedAttentionOp
     copy_blocks: Callable[[Tensor, Tensor], None]
     moe_experts: MoeExpertsOp
+    sample_tokens: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, kind: str, chosen: Mapping[str, OpImplementation]) -> None:
         self.kind = kind

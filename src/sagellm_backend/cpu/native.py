@@ -53,6 +53,10 @@ class NativeOps:
         ):
             register = registry.register(op, kind="cpu", priority=priority, source=f"native[{self.name}]")
             register(recordable(op, getattr(self, op)))
+        # No part of a recorded step.
+        registry.register("sample_tokens", kind="cpu", priority=priority, source=f"native[{self.name}]")(
+            self.sample_tokens
+        )
 
     # ---- linear ---------------------------------------------------------------------------------------
 
@@ -225,6 +229,27 @@ class NativeOps:
         y = torch.empty(rows, size)
         _native.activate(self.isa, x.data_ptr(), y.data_ptr(), x.stride(0), rows, size, act, gated, _num_threads())
         return y
+
+    def sample_tokens(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """See `reference.sample_tokens`; no row is sorted, NaN counts as no logit at all."""
+        if logits.dtype is not torch.float32 or logits.stride(1) != 1:
+            return reference.sample_tokens(logits, wanted)
+        rows, vocab_size = logits.shape
+        assert wanted.shape == (rows, 5), wanted.shape
+        assert wanted.dtype is torch.float64, wanted.dtype
+        assert wanted.is_contiguous(), wanted.stride()
+        token_ids = torch.empty(rows, dtype=torch.int64)
+        _native.sample(
+            self.isa,
+            logits.data_ptr(),
+            wanted.data_ptr(),
+            token_ids.data_ptr(),
+            logits.stride(0),
+            rows,
+            vocab_size,
+            _num_threads(),
+        )
+        return token_ids
 
     # ---- the paged cache ------------------------------------------------------------------------------
 

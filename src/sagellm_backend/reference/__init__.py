@@ -21,6 +21,7 @@ from sagellm_backend.reference.elementwise import (
     soft_cap,
 )
 from sagellm_backend.reference.matmul import ReferencePackedLinear, linear, moe_experts, pack_linear, quantize_linear
+from sagellm_backend.reference.sampling import sample_tokens
 
 __all__ = [
     "ReferencePackedLinear",
@@ -38,6 +39,7 @@ __all__ = [
     "reshape_and_cache",
     "rms_norm",
     "rotary",
+    "sample_tokens",
     "silu_and_mul",
     "soft_cap",
 ]

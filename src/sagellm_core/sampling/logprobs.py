@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sagellm_core.sampling.distribution import softmax_weights, ties_at, top_candidates
+from sagellm_backend.reference.distribution import softmax_weights, ties_at, top_candidates
 
 
 class Candidate(NamedTuple):

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sagellm_core.engine_core.types import EngineCoreRequest
+from sagellm_core.sampling import rng
 from sagellm_protocol.sampling import DecodingStrategy, SamplingParams
 
 # Below this a division would leave float32; the limit of temperature -> 0 is the most probable token anyway.
 MIN_TEMPERATURE = 1e-5
-NO_LOGPROBS = -1
+_GREEDY = (0.0, 0.0, 1.0, 0.0, 0.5)  # a row of SamplingMetadata.wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +69,20 @@ class SamplingRow:
         return sampling.strategy is not DecodingStrategy.SAMPLING or sampling.temperature < MIN_TEMPERATURE
 
     @property
+    def edits_logits(self) -> bool:
+        """Whether the token is chosen from other logits than the model's."""
+        sampling = self.sampling
+        return bool(
+            self.banned_token_ids
+            or sampling.logit_bias
+            or self.allowed_token_ids is not None
+            or _reads_token_ids(sampling)
+        )
+
+    @property
     def takes_most_probable(self) -> bool:
         """Whether the row wants nothing but its most probable token: no edits of logits, no log-probabilities."""
-        sampling = self.sampling
-        return (
-            self.is_greedy
-            and sampling.logprobs is None
-            and not self.banned_token_ids
-            and not sampling.logit_bias
-            and self.allowed_token_ids is None
-            and not _reads_token_ids(sampling)
-        )
+        return self.is_greedy and self.sampling.logprobs is None and not self.edits_logits
 
 
 def stop_ids(request: EngineCoreRequest) -> frozenset[int]:
@@ -98,19 +103,20 @@ class LogitEdits:
         return len(self.rows)
 
 
+class Report(NamedTuple):
+    """A row whose log-probabilities are wanted, with how many of the most probable tokens."""
+
+    row: int
+    num_top: int
+    processed: bool
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingMetadata:
-    """The rows of one step as arrays; R rows, in the order of the logits."""
+    """What is wanted of the rows of one step; R rows, in the order of the logits."""
 
-    is_greedy: NDArray[np.bool_]  # [R]; the next four fields mean nothing where it is set
-    temperature: NDArray[np.float32]  # [R]
-    top_k: NDArray[np.int64]  # [R], 0 = off
-    top_p: NDArray[np.float64]  # [R], 1 = off
-    min_p: NDArray[np.float64]  # [R], 0 = off
-    seeds: NDArray[np.uint64]  # [R]
-    positions: NDArray[np.int64]  # [R]
-    num_logprobs: NDArray[np.int64]  # [R], NO_LOGPROBS = not wanted
-    processed_logprobs: NDArray[np.bool_]  # [R]
+    wanted: NDArray[np.float64]  # [R, 5]; see `sagellm_backend.reference.sample_tokens`
+    reports: list[Report]
     bias: LogitEdits  # added
     banned: LogitEdits  # set to -inf
     allowed: dict[int, NDArray[np.int64]]  # row -> the only token ids with a probability
@@ -126,27 +132,38 @@ class SamplingMetadata:
     @classmethod
     def from_requests(cls, rows: Sequence[SamplingRow]) -> SamplingMetadata:
         """Gather the rows' parameters; no row's arrays depend on another row."""
-        params = [row.sampling for row in rows]
+        edited = [(i, row) for i, row in enumerate(rows) if row.edits_logits]
         return cls(
-            is_greedy=np.array([row.is_greedy for row in rows], dtype=np.bool_),
-            temperature=np.array([p.temperature for p in params], dtype=np.float32),
-            top_k=np.array([p.top_k for p in params], dtype=np.int64),
-            top_p=np.array([p.top_p for p in params], dtype=np.float64),
-            min_p=np.array([p.min_p for p in params], dtype=np.float64),
-            seeds=np.array([row.seed & (2**64 - 1) for row in rows], dtype=np.uint64),
-            positions=np.array([row.position for row in rows], dtype=np.int64),
-            num_logprobs=np.array([NO_LOGPROBS if p.logprobs is None else p.logprobs for p in params], dtype=np.int64),
-            processed_logprobs=np.array([row.processed_logprobs for row in rows], dtype=np.bool_),
-            bias=_bias(rows),
-            banned=_edits((i, row.banned_token_ids, 0.0) for i, row in enumerate(rows)),
+            wanted=_wanted(rows),
+            reports=[
+                Report(i, row.sampling.logprobs, row.processed_logprobs)
+                for i, row in enumerate(rows)
+                if row.sampling.logprobs is not None
+            ],
+            bias=_bias(edited),
+            banned=_edits((i, row.banned_token_ids, 0.0) for i, row in edited),
             allowed={
                 i: np.asarray(row.allowed_token_ids, dtype=np.int64)
-                for i, row in enumerate(rows)
+                for i, row in edited
                 if row.allowed_token_ids is not None
             },
-            repetition=_repetition(rows),
-            additive=_additive(rows),
+            repetition=_repetition(edited),
+            additive=_additive(edited),
         )
+
+
+def _wanted(rows: Sequence[SamplingRow]) -> NDArray[np.float64]:
+    drawn = [row for row in rows if not row.is_greedy]
+    numbers = iter(rng.uniform_list([row.seed for row in drawn], [row.position for row in drawn]))
+    return np.array(
+        [
+            _GREEDY
+            if row.is_greedy
+            else (row.sampling.temperature, row.sampling.top_k, row.sampling.top_p, row.sampling.min_p, next(numbers))
+            for row in rows
+        ],
+        dtype=np.float64,
+    ).reshape(-1, len(_GREEDY))
 
 
 def _reads_token_ids(sampling: SamplingParams) -> bool:
@@ -166,8 +183,8 @@ def _edits(parts: Iterable[tuple[int, Sequence[int], float]]) -> LogitEdits:
     )
 
 
-def _bias(rows: Sequence[SamplingRow]) -> LogitEdits:
-    entries = [(i, *entry) for i, row in enumerate(rows) for entry in (row.sampling.logit_bias or {}).items()]
+def _bias(rows: Sequence[tuple[int, SamplingRow]]) -> LogitEdits:
+    entries = [(i, *entry) for i, row in rows for entry in (row.sampling.logit_bias or {}).items()]
     if not entries:
         return _NO_EDITS
     return LogitEdits(
@@ -177,18 +194,18 @@ def _bias(rows: Sequence[SamplingRow]) -> LogitEdits:
     )
 
 
-def _repetition(rows: Sequence[SamplingRow]) -> LogitEdits:
+def _repetition(rows: Sequence[tuple[int, SamplingRow]]) -> LogitEdits:
     return _edits(
         (i, ids, row.sampling.repetition_penalty)
-        for i, row in enumerate(rows)
+        for i, row in rows
         if row.sampling.repetition_penalty != 1.0
         for ids in (row.prompt_token_ids, row.output_token_ids)
     )
 
 
-def _additive(rows: Sequence[SamplingRow]) -> LogitEdits:
+def _additive(rows: Sequence[tuple[int, SamplingRow]]) -> LogitEdits:
     parts: list[tuple[int, NDArray[np.int64], NDArray[np.float32]]] = []
-    for i, row in enumerate(rows):
+    for i, row in rows:
         presence, frequency = row.sampling.presence_penalty, row.sampling.frequency_penalty
         if (presence or frequency) and len(row.output_token_ids):
             ids, counts = np.unique(np.asarray(row.output_token_ids, dtype=np.int64), return_counts=True)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagellm_core.sampling.distribution import argmax_rows, invert_sorted, softmax_weights, ties_at, top_candidates
+from sagellm_backend.reference.distribution import argmax_rows, invert_sorted, softmax_weights, ties_at, top_candidates
 from sampling_reference import order_of
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagellm_core.sampling.filters import num_kept
+from sagellm_backend.reference.filters import num_kept
 from sagellm_protocol import SamplingParams
 from sampling_reference import kept_tokens, order_of
 
