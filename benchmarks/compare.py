@@ -70,6 +70,8 @@ ROWS = {
 }
 # Minutes a run for nothing that the batch of eight does not say.
 _TOO_SLOW = {"transformers": {"decode-32", "end-to-end-32"}}
+_WARMUP_TOKENS = 8
+_WARMUP_VOCABULARY = 1000  # less than any model's
 
 
 class Contender:
@@ -146,6 +148,8 @@ class Results:
 def main() -> None:
     """Run what was asked for, print the table, write the JSON."""
     arguments = parse_arguments()
+    # Stopped processes would outlive an end by `timeout` or by a job's limit: leave through the `finally` below.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     arguments.work.mkdir(parents=True, exist_ok=True)
     results = Results()
     console = Console()
@@ -218,7 +222,9 @@ def start(name: str, weights: str, arguments: argparse.Namespace, results: Resul
         python = arguments.peers / name / "bin" / "python"
         if not python.exists():
             return skip(f"not installed: there is no {python}")
-    rows = [ROWS[row] for row in arguments.rows]
+    rows = [ROWS[row] for row in rows_of(name, arguments)]
+    if not rows:
+        return skip("runs none of these rows")
     contender = Contender(name, python, arguments.work / f"{name}-{weights}.log")
     try:
         with locked(arguments.lock, fcntl.LOCK_SH):
@@ -232,13 +238,19 @@ def start(name: str, weights: str, arguments: argparse.Namespace, results: Resul
                 max_requests=max(row.requests for row in rows),
                 max_len=max(row.input_len + row.output_len for row in rows),
             )
-            for requests in (1, 8):
-                contender.call("generate", prompts=random_prompts(requests, 64, 1000, seed=-1), output_len=8)
+            for row in rows:  # the shapes of every row once: some compile kernels or choose them at first sight
+                prompts = random_prompts(row.requests, row.input_len, _WARMUP_VOCABULARY, seed=-1)
+                contender.call("generate", prompts=prompts, output_len=min(row.output_len, _WARMUP_TOKENS))
     except RuntimeError as error:
         contender.close()
         return skip(str(error))
     results.described.setdefault(weights, {})[name] = description
     return contender
+
+
+def rows_of(name: str, arguments: argparse.Namespace) -> list[str]:
+    """What a contender is asked to do."""
+    return [row for row in arguments.rows if row not in _TOO_SLOW.get(name, ())]
 
 
 def run(
@@ -251,7 +263,7 @@ def run(
     console: Console,
 ) -> None:
     """One row once. A failure is reported; the others go on."""
-    if row in _TOO_SLOW.get(contender.name, ()):
+    if row not in rows_of(contender.name, arguments):
         return
     spec = ROWS[row]
     vocab_size = json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))["vocab_size"]

@@ -14,9 +14,11 @@ with `weights` one of "16-bit", "int8", "int4".
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -46,8 +48,16 @@ class Worker:
         return times
 
 
+def _end_with_parent() -> None:
+    """On Linux: be killed when the comparison is, also while stopped."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def main() -> None:
     """Answer until standard input ends."""
+    _end_with_parent()
     # Libraries print what they like: standard output becomes standard error for everybody but us.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

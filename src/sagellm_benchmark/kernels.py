@@ -144,7 +144,7 @@ def measure_kernels(
     `limits` are measured first unless given.
     """
     torch.set_num_threads(plan.num_threads)
-    limits = limits or measure_limits()
+    limits = limits or measure_limits(plan.ops)
     results = []
     sources = plan.ops.explain()
     with torch.inference_mode():

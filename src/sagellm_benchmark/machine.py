@@ -1,4 +1,4 @@
-"""What this machine can do at most: memory reads and multiply-adds a second, as torch reaches them.
+"""What this machine can do at most: memory reads and multiply-adds a second, as torch or our own kernels reach them.
 
 A figure of a probe is a lower bound, so `Limits.raised` lifts a limit to whatever a kernel reached in the same run.
 """
@@ -8,14 +8,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
+
+from sagellm_backend import QuantizedTensor
+
+if TYPE_CHECKING:
+    from sagellm_backend import OpTable
 
 Arithmetic = Literal["float32", "bfloat16", "int8"]
 
 _READ_BYTES = 512 << 20  # far more than any cache holds
-_MATRIX = 1536
+_LARGE = 1536  # of a matrix for torch's own products
+_SMALL = 512  # of one that stays in the cache
 _SECONDS = 0.6  # for each probe; the best of its passes counts
 
 
@@ -43,11 +50,17 @@ class Limits:
         }
 
 
-def measure_limits() -> Limits:
-    """Probe this machine with as many threads as torch has now; takes about three seconds."""
+def measure_limits(ops: OpTable) -> Limits:
+    """Probe this machine with as many threads as torch has now; takes about five seconds."""
     return Limits(
         read_bytes_per_second=_read_rate(),
-        flops_per_second={"float32": _product_rate(torch.float32), "bfloat16": _bf16_rate(), "int8": _int8_rate()},
+        flops_per_second={
+            "float32": max(_torch_rate(torch.float32), _linear_rate(ops, torch.randn(_SMALL, _SMALL))),
+            "bfloat16": max(_torch_rate(torch.bfloat16), _linear_rate(ops, torch.randn(_SMALL, _SMALL).bfloat16())),
+            "int8": max(
+                _torch_int8_rate(), _linear_rate(ops, QuantizedTensor.round(torch.randn(_SMALL, _SMALL), 8, _SMALL))
+            ),
+        },
     )
 
 
@@ -56,22 +69,23 @@ def _read_rate() -> float:
     return memory.nbytes / _best_seconds(memory.sum)
 
 
-def _product_rate(dtype: torch.dtype) -> float:
-    a, b = (torch.ones(_MATRIX, _MATRIX, dtype=dtype) for _ in range(2))
-    return 2 * _MATRIX**3 / _best_seconds(lambda: a @ b)
+def _linear_rate(ops: OpTable, weight: Tensor | QuantizedTensor) -> float:
+    """Of the backend's own `linear` where weights and rows stay in the cache: what its instructions can do."""
+    packed, x = ops.pack_linear(weight), torch.randn(_SMALL, _SMALL)
+    return 2 * _SMALL**3 / _best_seconds(lambda: ops.linear(x, packed))
 
 
-def _bf16_rate() -> float:
-    # Where bf16 has no instructions of its own it is converted and multiplied in float32.
-    return max(_product_rate(torch.bfloat16), _product_rate(torch.float32))
+def _torch_rate(dtype: torch.dtype) -> float:
+    a, b = (torch.ones(_LARGE, _LARGE, dtype=dtype) for _ in range(2))
+    return 2 * _LARGE**3 / _best_seconds(lambda: a @ b)
 
 
-def _int8_rate() -> float:
-    a, b = (torch.ones(_MATRIX, _MATRIX, dtype=torch.int8) for _ in range(2))
+def _torch_int8_rate() -> float:
+    a, b = (torch.ones(_LARGE, _LARGE, dtype=torch.int8) for _ in range(2))
     try:
-        return 2 * _MATRIX**3 / _best_seconds(lambda: torch._int_mm(a, b))
+        return 2 * _LARGE**3 / _best_seconds(lambda: torch._int_mm(a, b))
     except RuntimeError:  # this build of torch has no such product
-        return _product_rate(torch.float32)
+        return 0.0
 
 
 def _best_seconds(run: Callable[[], object]) -> float:
