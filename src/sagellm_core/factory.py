@@ -8,7 +8,7 @@ from sagellm_backend import BackendProvider, get_provider
 from sagellm_core.config import BackendConfig, EngineConfig, LLMEngineConfig
 from sagellm_core.executor.base import Executor
 from sagellm_core.executor.uniproc import UniprocExecutor
-from sagellm_core.models import ModelConfig
+from sagellm_core.models import LoadProgress, ModelConfig
 from sagellm_core.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -21,10 +21,12 @@ def create_backend(config: BackendConfig) -> BackendProvider:
     return get_provider(config.kind, **options)
 
 
-def build_executor(config: LLMEngineConfig, model_config: ModelConfig) -> Executor:
+def build_executor(
+    config: LLMEngineConfig, model_config: ModelConfig, on_progress: LoadProgress | None = None
+) -> Executor:
     """An executor with its worker on the configured device; nothing is loaded yet."""
     provider = create_backend(BackendConfig(kind=config.backend_type, device=config.device))
-    return UniprocExecutor(Worker(config, model_config, provider))
+    return UniprocExecutor(Worker(config, model_config, provider, on_progress=on_progress))
 
 
 class EngineFactory:

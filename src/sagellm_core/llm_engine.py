@@ -20,7 +20,7 @@ from sagellm_core.engine_core.engine_core import EngineCore, EngineStats, as_pro
 from sagellm_core.engine_core.types import EngineCoreRequest
 from sagellm_core.factory import build_executor
 from sagellm_core.input_processor import InputProcessor
-from sagellm_core.models import ModelConfig, read_model_config, resolve_model
+from sagellm_core.models import LoadProgress, ModelConfig, read_model_config, resolve_model
 from sagellm_core.output_processor import OutputProcessor, combine_outputs
 from sagellm_core.tokenizer import Tokenizer, load_tokenizer
 from sagellm_protocol import (
@@ -49,12 +49,15 @@ class LLMEngine:
     >>> async with LLMEngine(LLMEngineConfig(model_path="builtin")) as engine:
     ...     response = await engine.generate("What is LLM inference?", max_tokens=64)
 
+    `on_progress(done, total)` is told how far loading has come, from the engine's own thread.
+
     Bad arguments raise `InvalidArgumentError` before anything runs. A request that fails later ends with the
     finish reason `error` and the error in its response; other requests are not disturbed.
     """
 
-    def __init__(self, config: LLMEngineConfig) -> None:
+    def __init__(self, config: LLMEngineConfig, *, on_progress: LoadProgress | None = None) -> None:
         self.config = config
+        self._on_progress = on_progress
         self._given = config  # as the user wrote it; `config` is fitted to the model
         self.engine_id = config.engine_id or f"engine-{new_request_id().removeprefix('req-')[:8]}"
         self._life = asyncio.Lock()  # one start or stop at a time: a second start finds the engine running
@@ -77,7 +80,9 @@ class LLMEngine:
         path = await asyncio.to_thread(resolve_model, self._given.model_path, revision=self._given.revision)
         model_config = read_model_config(path)
         config = _fit_to_model(self._given, model_config)
-        client = EngineCoreClient(lambda: EngineCore(config, build_executor(config, model_config)), self.engine_id)
+        client = EngineCoreClient(
+            lambda: EngineCore(config, build_executor(config, model_config, self._on_progress)), self.engine_id
+        )
         try:
             _, tokenizer = await asyncio.gather(client.start(), _load_tokenizer(path))
             self._input = InputProcessor(

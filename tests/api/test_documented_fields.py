@@ -193,7 +193,11 @@ def test_engine_arguments_are_keywords_with_the_documented_defaults() -> None:
             assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
             assert parameters[name].default is None
     assert inspect.isasyncgenfunction(LLMEngine.stream)
-    assert list(inspect.signature(LLMEngine).parameters) == ["config"]
+    config, *others = inspect.signature(LLMEngine).parameters.values()
+    assert config.name == "config"
+    for parameter in others:
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameter.default is None
     assert hasattr(LLMEngine, "__aenter__")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sagellm.cli.loading import LoadingBar
 from sagellm.config import load_user_config
 from sagellm_protocol import InvalidArgumentError, Metrics, SamplingParams, Usage
 
@@ -24,7 +25,7 @@ def make_engine(model: str | None, backend: str | None, **options: Any) -> LLMEn
     with _kept_from_collector():
         from sagellm_core import LLMEngine
 
-    return LLMEngine(config)
+    return LLMEngine(config, on_progress=LoadingBar())
 
 
 @contextmanager

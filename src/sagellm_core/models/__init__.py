@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import ModelConfig, read_model_config
     from .decoder import CausalLM
     from .hub import LocalModel, list_local_models, resolve_model
-    from .loader import load_model
+    from .loader import LoadProgress, load_model
     from .registry import MODELS
     from .spec import DecoderSpec
 else:
@@ -20,7 +20,7 @@ else:
             ".config": ("ModelConfig", "read_model_config"),
             ".decoder": ("CausalLM",),
             ".hub": ("LocalModel", "list_local_models", "resolve_model"),
-            ".loader": ("load_model",),
+            ".loader": ("LoadProgress", "load_model"),
             ".registry": ("MODELS",),
             ".spec": ("DecoderSpec",),
         },
@@ -30,6 +30,7 @@ __all__ = [
     "MODELS",
     "CausalLM",
     "DecoderSpec",
+    "LoadProgress",
     "LocalModel",
     "ModelConfig",
     "list_local_models",

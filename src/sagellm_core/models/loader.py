@@ -114,7 +114,8 @@ class ParameterReader:
 
     Linear weights come in `weight_dtype` (to go through `method`, if there is one) or, where the file holds them so and
     they may stay (`keep_quantized`), in whole numbers; tables in `weight_dtype`, biases in `compute_dtype`, norms in
-    float32. With `may_lend`, for backends whose packing copies, a linear weight may be a view of the file.
+    float32. With `may_lend`, for backends whose packing copies, a linear weight may be a view of the file, or lie in
+    memory that the next one overwrites.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class ParameterReader:
         self._keep_quantized = keep_quantized
         self._may_lend = may_lend
         self._on_progress = on_progress
+        self._lent = torch.empty(0, dtype=torch.uint8)
         self._num_done = 0
         self._num_weights = sum(_num_weights(parameter) for parameter in plan.values())
         self._plan = plan
@@ -184,10 +186,18 @@ class ParameterReader:
         if len(parts) == 1:
             return self._read_part(parts[0]).to(self.device, dtype, copy=copy).contiguous()
         num_rows = [part.shape[0] for part in parts]
-        joined = torch.empty(sum(num_rows), *parts[0].shape[1:], dtype=dtype, device=self.device)
+        shape = (sum(num_rows), *parts[0].shape[1:])
+        joined = torch.empty(shape, dtype=dtype, device=self.device) if copy else self._lend(shape, dtype)
         for rows, part in zip(joined.split_with_sizes(num_rows), parts, strict=True):
             rows.copy_(self._read_part(part))
         return joined
+
+    def _lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for one weight after the other: fresh pages would cost more than the joining itself."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if len(self._lent) < num_bytes:
+            self._lent = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._lent[:num_bytes].view(dtype).view(shape)
 
     def _read_part(self, part: Part) -> Tensor:
         tensor = self._source.read(self._stored_names[part.name])

@@ -19,10 +19,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-import mmap
 import os
-from collections.abc import Iterable
+import time
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from sagellm_core.version import __version__
 from sagellm_protocol.errors import SageLLMError
 
 from .checkpoint import TensorInfo, read_safetensors_header
+from .mapped_file import MappedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,9 @@ logger = logging.getLogger(__name__)
 
 _END_BYTES = 65536
 _LINE = 64
+_ABANDONED_S = 3600.0
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "U8": "uint8"}
+_DTYPE_NAMES = {name: code for code, name in _DTYPES.items()}
 
 
 def default_folder() -> Path:
@@ -70,7 +73,7 @@ class PackedCache:
         self._file = folder / f"{_fingerprint(files, [__version__, *how])}.safetensors"
         self._stored: dict[str, TensorInfo] = {}
         self._descriptions: dict[str, dict[str, Any]] = {}
-        self._pages: mmap.mmap | None = None
+        self._mapped: MappedFile | None = None
         self._new: dict[str, PackedLinear] = {}
         self._open()
 
@@ -78,15 +81,13 @@ class PackedCache:
         """The packed matrix of a parameter; None where this is the first start."""
         import torch
 
-        if key not in self._descriptions:
+        if self._mapped is None or key not in self._descriptions:
             return None
         description = self._descriptions[key]
         buffers: dict[str, Tensor] = {}
         for name in description["buffers"]:
             info = self._stored[f"{key}:{name}"]
-            dtype, count = getattr(torch, _DTYPES[info.dtype]), math.prod(info.shape)
-            mapped = torch.frombuffer(self._pages, dtype=dtype, count=count, offset=info.offset)
-            buffers[name] = mapped.view(info.shape)
+            buffers[name] = self._mapped.tensor(info.offset, info.shape, getattr(torch, _DTYPES[info.dtype]))
         return self._provider.restore_packed(buffers, description)
 
     def add(self, key: str, packed: PackedLinear) -> None:
@@ -100,7 +101,7 @@ class PackedCache:
         try:
             self._write()
             self._make_room()
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the second: a file system without locks
             logger.warning("packed weights are not kept: %s", error)
         finally:
             self._new = {}
@@ -111,10 +112,9 @@ class PackedCache:
         try:
             self._stored, metadata = read_safetensors_header(self._file)
             self._descriptions = json.loads(metadata["packed"])
-            with self._file.open("rb") as stream:  # private: torch wants memory it could write to
-                self._pages = mmap.mmap(
-                    stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
+            if metadata["checksum"] != _checksum(self._stored, self._descriptions):
+                raise ValueError("its header has changed")
+            self._mapped = MappedFile(self._file)
             os.utime(self._file)  # the last to go
         except (OSError, KeyError, ValueError, SageLLMError) as error:
             self._forget(error)
@@ -126,7 +126,6 @@ class PackedCache:
 
     def _write(self) -> None:
         from filelock import FileLock, Timeout
-        from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
         descriptions = {}
@@ -135,22 +134,25 @@ class PackedCache:
             descriptions[key] = {**description, "buffers": list(buffers)}
             tensors |= {f"{key}:{name}": buffer for name, buffer in buffers.items()}
         self._folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_suffix(".part")
         try:
             with FileLock(self._file.with_suffix(".lock"), timeout=0):
-                unfinished = self._file.with_suffix(".part")
-                metadata = {"packed": json.dumps(descriptions), "padding": ""}
-                save_file(tensors, unfinished, metadata=metadata)
-                missing = -_first_offset(unfinished) % _LINE
-                if missing:  # kernels read whole cache lines: move the tensors to the beginning of one
-                    save_file(tensors, unfinished, metadata={**metadata, "padding": " " * missing})
-                with unfinished.open("rb") as stream:
-                    os.fsync(stream.fileno())
-                unfinished.replace(self._file)
+                try:
+                    _write_safetensors(unfinished, tensors, descriptions)
+                    unfinished.replace(self._file)
+                finally:
+                    unfinished.unlink(missing_ok=True)
         except Timeout:
             logger.info("another start is writing %s", self._file)
 
     def _make_room(self) -> None:
-        """Remove the files that were used longest ago until the rest fits; this model's own stays."""
+        """Remove the files that were used longest ago until the rest fits; this model's own stays.
+
+        What a start that was killed left unfinished goes, too.
+        """
+        for unfinished in self._folder.glob("*.part"):
+            if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
+                unfinished.unlink(missing_ok=True)
         files = sorted(self._folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
         total = 0
         for file in files:
@@ -159,8 +161,43 @@ class PackedCache:
                 file.unlink(missing_ok=True)
 
 
-def _first_offset(file: Path) -> int:
-    return min(info.offset for info in read_safetensors_header(file)[0].values())
+def _write_safetensors(file: Path, tensors: Mapping[str, Tensor], descriptions: Mapping[str, Any]) -> None:
+    """Write the tensors straight from their memory (the library's writer copies all of it first) and flush the file.
+
+    Kernels read whole cache lines: those whose size is a multiple of one stand first, from the beginning of one.
+    """
+    import torch
+
+    order = sorted(tensors, key=lambda name: tensors[name].nbytes % _LINE != 0)
+    stored, end = {}, 0
+    for name in order:
+        dtype = _DTYPE_NAMES[str(tensors[name].dtype).removeprefix("torch.")]
+        stored[name] = TensorInfo(file, dtype, tuple(tensors[name].shape), end)
+        end += tensors[name].nbytes
+    entries: dict[str, Any] = {
+        name: {
+            "dtype": info.dtype,
+            "shape": info.shape,
+            "data_offsets": [info.offset, info.offset + tensors[name].nbytes],
+        }
+        for name, info in stored.items()
+    }
+    metadata = {"packed": json.dumps(descriptions), "checksum": _checksum(stored, descriptions)}
+    header = json.dumps({"__metadata__": metadata, **entries}).encode()
+    header += b" " * (-(8 + len(header)) % _LINE)
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            stream.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _checksum(stored: Mapping[str, TensorInfo], descriptions: Mapping[str, Any]) -> str:
+    """Of all that a header says. What follows it has no checksum: reading it would cost what mapping saves."""
+    first = min(info.offset for info in stored.values())
+    listed = [[name, info.dtype, info.shape, info.offset - first] for name, info in sorted(stored.items())]
+    return str(zlib.crc32(json.dumps([listed, descriptions], sort_keys=True).encode()))
 
 
 def _fingerprint(files: Iterable[Path], how: Iterable[str]) -> str:

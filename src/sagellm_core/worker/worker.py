@@ -11,7 +11,7 @@ from sagellm_compression.quantization import get_quant_method
 from sagellm_core.config import LLMEngineConfig
 from sagellm_core.engine_core.output import ModelRunnerOutput, SchedulerOutput
 from sagellm_core.executor.base import KVCacheCapacity
-from sagellm_core.models import ModelConfig, load_model
+from sagellm_core.models import LoadProgress, ModelConfig, load_model
 from sagellm_core.models.config import to_torch_dtype
 from sagellm_core.models.decoder import CausalLM
 from sagellm_core.worker.model_runner import ModelRunner
@@ -23,10 +23,18 @@ logger = logging.getLogger(__name__)
 class Worker:
     """Loads a model on a provider's device, sizes the KV cache by the memory left, and runs steps."""
 
-    def __init__(self, config: LLMEngineConfig, model_config: ModelConfig, provider: BackendProvider) -> None:
+    def __init__(
+        self,
+        config: LLMEngineConfig,
+        model_config: ModelConfig,
+        provider: BackendProvider,
+        *,
+        on_progress: LoadProgress | None = None,
+    ) -> None:
         self.config = config
         self.model_config = model_config
         self.provider = provider
+        self._on_progress = on_progress
         self._model: CausalLM | None = None
         self._runner: ModelRunner | None = None
         self._capacity: KVCacheCapacity | None = None
@@ -45,6 +53,7 @@ class Worker:
             max_model_len=self.config.max_model_len,
             cache_folder=self.config.packed_cache_dir,
             cache_bytes=self.config.packed_cache_bytes,
+            on_progress=self._on_progress,
         )
 
     def allocate_kv_cache(self) -> KVCacheCapacity:
@@ -53,7 +62,8 @@ class Worker:
         spec = model.spec
         kv_dtype = model.weight_dtype
         if self.config.kv_cache_dtype != "auto":
-            kv_dtype = to_torch_dtype(DType.parse(self.config.kv_cache_dtype))
+            dtype = DType.parse(self.config.kv_cache_dtype)
+            kv_dtype = torch.int8 if dtype is DType.INT8 else to_torch_dtype(dtype)
         layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.config.block_size, kv_dtype)
         num_blocks = self._num_blocks(layout)
         kv_caches = self.provider.allocate_kv_cache(layout, num_blocks)

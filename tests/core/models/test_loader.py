@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model_driver import prompt_logits
 from model_zoo import build
 from sagellm_backend import BackendProvider
 from sagellm_core.models import load_model
@@ -202,3 +205,80 @@ def test_weight_bytes_count_every_parameter(folder: Path, provider: BackendProvi
     num_bytes = sum(tensor.nbytes for tensor in stored.values())
     assert num_bytes <= model.weight_bytes < 1.01 * num_bytes  # packing rounds rows up to sixteen
     assert model.max_model_len == 256
+
+
+def test_progress_is_told_matrix_by_matrix(folder: Path, provider: BackendProvider) -> None:
+    told: list[tuple[int, int]] = []
+    load_model(folder, provider=provider, on_progress=lambda done, total: told.append((done, total)))
+    stored = load_file(folder / WEIGHTS)
+    total = sum(tensor.numel() for tensor in stored.values() if tensor.dim() > 1)
+    assert told[-1] == (total, total)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert len(told) == 2 + 3 * 4  # embedding, LM head; qkv, o, gate_up, down of three layers
+
+
+def test_a_loaded_model_does_not_depend_on_its_file(folder: Path, provider: BackendProvider) -> None:
+    model = load_model(folder, provider=provider)
+    before = prompt_logits(model, provider, list(range(3, 20)))
+    with (folder / WEIGHTS).open("r+b") as stream:  # in place, which a mapped file would show
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        stream.write(b"\0" * 100_000)
+    assert torch.equal(prompt_logits(model, provider, list(range(3, 20))), before)
+
+
+_MEASURE = """
+import re, sys, torch
+from pathlib import Path
+from sagellm_backend import CPUBackendProvider
+from sagellm_core.models import load_model
+
+def peak():  # ru_maxrss would start with the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+provider = CPUBackendProvider()
+for quantization in ("int8", "none"):  # wakes up whatever is imported and started on the way
+    load_model(sys.argv[1], provider=provider, quantization=quantization)
+before = peak()
+model = load_model(sys.argv[2], provider=provider, quantization=sys.argv[3])
+print(peak() - before, model.weight_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_peak_memory_is_the_packed_model_and_one_parameter(pristine: Path, tmp_path: Path, quantization: str) -> None:
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the system has no /proc to read the peak from")
+    pytest.importorskip("sagellm_backend._native", reason="packed by the native kernels, which were not built")
+    folder = write_mid_size_model(tmp_path / "mid")
+    arguments = [sys.executable, "-c", _MEASURE, str(pristine), str(folder), quantization]
+    output = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=240).stdout
+    peak, packed = (int(number) for number in output.split())
+    shard = (folder / WEIGHTS).stat().st_size
+    largest = MID_VOCAB * MID_HIDDEN * 2
+    print(
+        f"{quantization}: peak {peak / 2**20:.0f} MiB, packed {packed / 2**20:.0f} MiB, shard {shard / 2**20:.0f} MiB"
+    )
+    assert peak < packed + shard
+    assert peak < packed + 1.5 * largest
+
+
+MID_VOCAB, MID_HIDDEN = 32_000, 1024
+
+
+def write_mid_size_model(folder: Path) -> Path:
+    """0.13 billion random weights in bfloat16."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=MID_VOCAB,
+        hidden_size=MID_HIDDEN,
+        intermediate_size=3072,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder

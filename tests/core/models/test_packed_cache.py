@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 from tests.support.model_driver import prompt_logits
 from tests.support.model_zoo import build
 
@@ -91,14 +94,20 @@ def test_a_changed_checkpoint_is_packed_anew(model_folder: Path, tmp_path: Path)
     assert torch.equal(after, logits(load(copy, tmp_path / "cache")))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "header"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "header", "number"])
 def test_a_damaged_file_counts_as_absent_and_is_written_again(
     model_folder: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = logits(load(model_folder, tmp_path))
     (file,) = files(tmp_path)
     content = file.read_bytes()
-    ruined = {"truncated": content[:-100], "emptied": b"", "header": b"\xff" * 64 + content[64:]}[damage]
+    ruined = {
+        "truncated": content[:-100],
+        "emptied": b"",
+        "header": b"\xff" * 64 + content[64:],
+        "number": content.replace(b'in_features\\": 64', b'in_features\\": 96', 1),
+    }[damage]
+    assert ruined != content
     file.write_bytes(ruined)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(logits(load(model_folder, tmp_path)), expected)
@@ -106,6 +115,37 @@ def test_a_damaged_file_counts_as_absent_and_is_written_again(
         caplog.clear()
         assert torch.equal(logits(load(model_folder, tmp_path)), expected)
     assert not caplog.text
+
+
+def test_the_file_is_plain_safetensors(model_folder: Path, tmp_path: Path) -> None:
+    load(model_folder, tmp_path, quantization="int8")
+    (file,) = files(tmp_path)
+    tensors = load_file(file)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.uint8, torch.float16}
+    infos, _ = read_safetensors_header(file)
+    assert all(info.offset % 64 == 0 for info in infos.values() if info.dtype == "U8")
+
+
+def test_a_full_disk_leaves_nothing_but_a_warning(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with caplog.at_level(logging.WARNING):
+        load(model_folder, tmp_path)
+    assert "packed weights are not kept" in caplog.text
+    assert not files(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_a_killed_start_left_goes_after_a_while(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.part").write_bytes(b"half")
+    (tmp_path / "new.part").write_bytes(b"half")
+    os.utime(tmp_path / "old.part", (0, 0))
+    load(model_folder, tmp_path)
+    assert [file.name for file in tmp_path.glob("*.part")] == ["new.part"]
 
 
 def test_who_finds_the_lock_taken_does_without_writing(model_folder: Path, tmp_path: Path) -> None:
