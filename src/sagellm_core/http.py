@@ -128,7 +128,7 @@ class EventStream(HttpResponse):
         except SageLLMError as error:
             await _send_event(send, ErrorResponse.of(error).model_dump_json())
         except Exception:
-            await _send_event(send, ErrorResponse.of(_unexpected()).model_dump_json())
+            await _send_event(send, ErrorResponse.of(unexpected_error()).model_dump_json())
             raise
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -186,8 +186,9 @@ async def _on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
 
 async def _on_unexpected_error(_: HttpRequest, __: Exception) -> HttpResponse:
     # The server logs the traceback: the framework raises the exception again behind this answer.
-    return error_answer(_unexpected())
+    return error_answer(unexpected_error())
 
 
-def _unexpected() -> InternalError:
+def unexpected_error() -> InternalError:
+    """What a client is told of a fault of ours."""
     return InternalError("the server failed on this request; its log says why")

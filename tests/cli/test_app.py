@@ -90,7 +90,7 @@ def test_help_is_instant(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["sagellm_core.engine_server", "sagellm_gateway.app", "sagellm_core.demo"])
+@pytest.mark.parametrize("module", ["sagellm_core.engine_server", "sagellm_gateway.command", "sagellm_core.demo"])
 def test_the_other_commands_fail_in_one_line_too(module: str, home: Path) -> None:
     outcome = run_process(["--no-such-option"], home, module=module)
     assert outcome.status == 2

@@ -71,7 +71,7 @@ def test_engine_only_serves_the_engines_own_api(home: Path) -> None:
     ("module", "arguments", "path"),
     [
         ("sagellm", ["gateway"], "/v1/models"),
-        ("sagellm_gateway.app", ["--model", "builtin"], "/v1/models"),
+        ("sagellm_gateway.command", ["--model", "builtin"], "/v1/models"),
         ("sagellm_core.engine_server", ["--host", "127.0.0.1"], "/info"),
     ],
 )
@@ -81,7 +81,7 @@ def test_the_other_servers(home: Path, module: str, arguments: list[str], path: 
         assert process.stop(signal.SIGTERM) == 0
 
 
-@pytest.mark.parametrize("module", ["sagellm", "sagellm_gateway.app", "sagellm_core.engine_server"])
+@pytest.mark.parametrize("module", ["sagellm", "sagellm_gateway.command", "sagellm_core.engine_server"])
 def test_a_model_that_is_not_there_is_one_line(home: Path, module: str) -> None:
     command = ["serve"] if module == "sagellm" else []
     outcome = run_process([*command, "--model", "/no/such/folder", "--port", "0"], home, module=module)

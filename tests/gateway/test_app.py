@@ -7,12 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from asgi_client import LeavingClient, client_of, read_events, until
 from fake_engine import FakeEngine
 from sagellm_control_plane import ControlPlaneManager, EngineConfig
 from sagellm_gateway import create_app
+from sagellm_gateway.app import Gateway
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -24,14 +24,14 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def app(engine: FakeEngine) -> FastAPI:
+def app(engine: FakeEngine) -> Gateway:
     manager = ControlPlaneManager(max_num_waiting=1)
     manager.register_engine(engine, engine_id="fake", model="m")
     return create_app(manager, default_model="m")
 
 
 @pytest.fixture
-async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
     async with client_of(app) as client:
         yield client
 
@@ -150,7 +150,7 @@ async def test_failures_reach_the_client(client: httpx.AsyncClient, prompt: str,
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_aborts_its_request(app: FastAPI, engine: FakeEngine, stream: bool) -> None:
+async def test_a_client_that_leaves_aborts_its_request(app: Gateway, engine: FakeEngine, stream: bool) -> None:
     async with client_of(app):
         body = {"model": "m", "messages": [{"role": "user", "content": "wait"}], "stream": stream}
         client = LeavingClient(app, CHAT, body)
@@ -158,7 +158,7 @@ async def test_a_client_that_leaves_aborts_its_request(app: FastAPI, engine: Fak
         client.leave()
         await client.done
         assert not engine.running
-        assert app.state.manager.get_engine("fake").num_requests == 0
+        assert app.manager.get_engine("fake").num_requests == 0
 
 
 async def test_a_full_queue_says_to_come_back() -> None:

@@ -1,0 +1,125 @@
+"""What an answer to a conversation is made of, before any API gives it a form.
+
+`ChatService` yields these pieces in order: one `AnswerStart`; for every choice its `ReasoningPiece`s, `TextPiece`s and
+`ToolCallPiece`s and one `ChoiceEnd`; one `AnswerEnd`. Every API (OpenAI's chat and responses, Anthropic's, Ollama's)
+renders them, and none of them looks into a model's own text again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from sagellm_protocol import Metrics, TokenLogprob, Usage
+from sagellm_protocol.openai import FunctionCall, ToolCall
+from sagellm_protocol.openai.chat import ChatFinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerStart:
+    """The request is accepted; the prompt has so many tokens."""
+
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """Text of the answer proper. `logprobs` has one entry a token; the text may be empty."""
+
+    index: int
+    text: str
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningPiece:
+    """Text that the model thought before it answered."""
+
+    index: int
+    text: str
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallPiece:
+    """A part of the choice's call number `call`: the first part brings `id` and `name`, all parts `arguments`."""
+
+    index: int
+    call: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEnd:
+    """A choice is complete."""
+
+    index: int
+    finish_reason: ChatFinishReason
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerEnd:
+    """All choices are complete."""
+
+    usage: Usage
+    metrics: Metrics
+
+
+Piece = AnswerStart | ReasoningPiece | TextPiece | ToolCallPiece | ChoiceEnd | AnswerEnd
+
+
+@dataclass(slots=True)
+class AnswerChoice:
+    """One choice of a whole answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    finish_reason: ChatFinishReason = "stop"
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole answer: what its pieces say together."""
+
+    choices: list[AnswerChoice] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+def collect(pieces: Iterable[Piece]) -> Answer:
+    """The whole answer that `pieces` tell."""
+    answer = Answer()
+    choices: dict[int, AnswerChoice] = {}
+    for piece in pieces:
+        if isinstance(piece, AnswerEnd):
+            answer.usage, answer.metrics = piece.usage, piece.metrics
+        elif not isinstance(piece, AnswerStart):
+            _add(choices.setdefault(piece.index, AnswerChoice()), piece)
+    answer.choices = [choices[index] for index in sorted(choices)]
+    return answer
+
+
+def _add(choice: AnswerChoice, piece: TextPiece | ReasoningPiece | ToolCallPiece | ChoiceEnd) -> None:
+    if isinstance(piece, ChoiceEnd):
+        choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
+        return
+    if piece.logprobs is not None:
+        choice.logprobs = [*(choice.logprobs or ()), *piece.logprobs]
+    if isinstance(piece, TextPiece):
+        choice.text += piece.text
+    elif isinstance(piece, ReasoningPiece):
+        choice.reasoning += piece.text
+    elif piece.name is not None:
+        function = FunctionCall(name=piece.name, arguments=piece.arguments)
+        choice.tool_calls.append(ToolCall(id=piece.id or "", function=function))
+    else:
+        call = choice.tool_calls[piece.call]
+        function = FunctionCall(name=call.function.name, arguments=call.function.arguments + piece.arguments)
+        choice.tool_calls[piece.call] = ToolCall(id=call.id, function=function)
