@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 from sagellm_core.engine_metrics import EngineCollector
+from sagellm_core.http import DONE
 from sagellm_protocol import (
     InvalidArgumentError,
     Request,
@@ -32,8 +33,6 @@ from sagellm_protocol.openai.render import (
     completion_usage,
     to_json,
 )
-
-DONE = "[DONE]"
 
 _NOT_BUILT = {
     "tools": "tools are not supported: answers are not searched for tool calls",
@@ -125,7 +124,7 @@ async def answer_completion(answers: Answers, call: CompletionRequest, prompts: 
 
 async def stream_completion(
     answers: Answers, call: CompletionRequest, prompts: Sequence[str] | None
-) -> AsyncGenerator[str, None]:
+) -> AsyncGenerator[bytes, None]:
     """The messages of a streamed answer; several prompts are answered one after the other."""
     if prompts is not None and call.logprobs is not None:
         raise InvalidArgumentError("echo with logprobs cannot be streamed; set stream to false", field="echo")

@@ -145,10 +145,10 @@ def _check_model(http: HttpRequest, model: str) -> None:
         raise NotFoundError(f"this engine serves {served!r}, not {model!r}; use that name or 'default'", field="model")
 
 
-async def _events(answers: Answers, request: Request) -> AsyncGenerator[str, None]:
+async def _events(answers: Answers, request: Request) -> AsyncGenerator[bytes, None]:
     async with aclosing(answers.stream(request)) as events:
         async for event in events:
-            yield event.model_dump_json()
+            yield event.model_dump_json().encode()
 
 
 # ---- entry points -------------------------------------------------------------------------------------

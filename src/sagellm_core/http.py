@@ -25,6 +25,9 @@ from sagellm_protocol.openai import ErrorResponse
 
 MAX_BODY_BYTES = 8 * 2**20
 
+# The message that ends a stream of the OpenAI API.
+DONE = b"[DONE]"
+
 _T = TypeVar("_T")
 
 # Not ours to send, but what routing itself answers: unknown path, wrong method.
@@ -90,7 +93,7 @@ async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
 
 
 class EventStream(HttpResponse):
-    """Server-sent events: one `data:` message for each text of `first` and then of `messages`.
+    """Server-sent events: one `data:` message for each JSON text of `first` and then of `messages`.
 
     The generator is closed in every case, also when the client goes away while it waits for its next message. An
     error inside it becomes a last message with an error body.
@@ -98,7 +101,7 @@ class EventStream(HttpResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, messages: AsyncGenerator[str, None], first: Sequence[str] = ()) -> None:
+    def __init__(self, messages: AsyncGenerator[bytes, None], first: Sequence[bytes] = ()) -> None:
         self._messages = messages
         self._first = first
         self.status_code = 200
@@ -126,21 +129,21 @@ class EventStream(HttpResponse):
             async for message in self._messages:
                 await _send_event(send, message)
         except SageLLMError as error:
-            await _send_event(send, ErrorResponse.of(error).model_dump_json())
+            await _send_event(send, ErrorResponse.of(error).model_dump_json().encode())
         except Exception:
-            await _send_event(send, ErrorResponse.of(unexpected_error()).model_dump_json())
+            await _send_event(send, ErrorResponse.of(unexpected_error()).model_dump_json().encode())
             raise
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _send_event(send: Send, message: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {message}\n\n".encode(), "more_body": True})
+async def _send_event(send: Send, message: bytes) -> None:
+    await send({"type": "http.response.body", "body": b"data: %s\n\n" % message, "more_body": True})
 
 
-async def start_event_stream(http: HttpRequest, messages: AsyncGenerator[str, None]) -> EventStream:
+async def start_event_stream(http: HttpRequest, messages: AsyncGenerator[bytes, None]) -> EventStream:
     """A stream whose first message is there already, so that a bad request is a status and not a broken stream."""
 
-    async def next_messages() -> list[str]:
+    async def next_messages() -> list[bytes]:
         async for message in messages:
             return [message]
         return []

@@ -24,6 +24,7 @@ from sagellm_core.answers import Answers
 from sagellm_core.engine_metrics import EngineCollector
 from sagellm_core.http import error_answer, install_error_handlers, unexpected_error
 from sagellm_core.version import __version__
+from sagellm_gateway.chat import ChatService
 from sagellm_gateway.routes import ROUTERS
 from sagellm_protocol import SageLLMError
 
@@ -47,6 +48,7 @@ class Gateway(FastAPI):
         self.registry = CollectorRegistry()
         self.registry.register(self.collector)
         self.answers = Answers(manager.execute_request, manager.stream_request, self.collector)
+        self.chat = ChatService(self)
         install_error_handlers(self)
         for router in ROUTERS:
             self.include_router(router)

@@ -1,20 +1,94 @@
-"""`/v1/chat/completions`: whole answers and streams, over `Answers`.
+"""Conversations: a chat request in, the pieces of its answer out, for whatever API asked.
 
-What the API offers and no engine does yet (tools, response formats, reasoning effort) is refused by name.
+Promises: what a request asks for is done or refused by name, never ignored; closing a stream aborts the request; pieces
+come in the order that `sagellm_gateway.pieces` names, and an error is raised where it happened.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
 
-from sagellm_core.answers import DONE, Answers, new_head
-from sagellm_protocol import StreamEventDelta, StreamEventEnd, UnsupportedError
-from sagellm_protocol.openai import ChatCompletion, ChatCompletionRequest
-from sagellm_protocol.openai.render import chat_chunk, chat_completion, chat_end, chat_start, chat_usage, to_json
+from sagellm_gateway.context import Caller
+from sagellm_gateway.pieces import Answer, AnswerEnd, AnswerStart, ChoiceEnd, Piece, TextPiece, collect
+from sagellm_protocol import (
+    FinishReason,
+    Request,
+    StreamEventDelta,
+    StreamEventEnd,
+    UnsupportedError,
+)
+from sagellm_protocol.openai import ChatCompletionRequest
+from sagellm_protocol.openai.chat import ChatFinishReason
+from sagellm_protocol.response import CompletionOutput
+
+if TYPE_CHECKING:
+    from sagellm_gateway.app import Gateway
 
 
-def refuse_unbuilt(call: ChatCompletionRequest) -> None:
+class ChatService:
+    """Answers conversations through the gateway's control plane."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def answer(self, call: ChatCompletionRequest, caller: Caller) -> Answer:
+        """The whole answer; the error of a request that failed is raised."""
+        response = (await self._gateway.answers.execute(_to_request(call, caller))).raise_for_error()
+        pieces: list[Piece] = []
+        for output in response.outputs:
+            pieces.append(TextPiece(output.index, output.text, output.logprobs))
+            pieces.append(_choice_end(output))
+        return collect([*pieces, AnswerEnd(response.usage, response.metrics)])
+
+    async def stream(self, call: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[Piece, None]:
+        """The pieces of the answer as they are made; an error is raised where it happens."""
+        async with aclosing(self._gateway.answers.stream(_to_request(call, caller))) as events:
+            async for event in events:
+                if isinstance(event, StreamEventDelta):
+                    yield TextPiece(event.index, event.chunk, event.logprobs)
+                elif isinstance(event, StreamEventEnd):
+                    for piece in _ends(event):
+                        yield piece
+                else:
+                    yield AnswerStart(event.prompt_tokens)
+
+
+def _ends(event: StreamEventEnd) -> Iterable[Piece]:
+    if event.error is not None:
+        raise event.error.to_exception()
+    for output in event.outputs:
+        yield _choice_end(output)
+    yield AnswerEnd(event.usage, event.metrics)
+
+
+def _choice_end(output: CompletionOutput) -> ChoiceEnd:
+    return ChoiceEnd(output.index, _FINISH_REASONS[output.finish_reason], output.stop_reason)
+
+
+_FINISH_REASONS: dict[FinishReason, ChatFinishReason] = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ERROR: "error",
+    FinishReason.ABORT: "abort",
+}
+
+
+def _to_request(call: ChatCompletionRequest, caller: Caller) -> Request:
+    _refuse_unbuilt(call)
+    request = call.to_request()
+    changes: dict[str, Any] = {}
+    if call.request_id is None:
+        changes["request_id"] = caller.request_id
+    if caller.priority is not None and "priority" not in call.model_fields_set:
+        changes["priority"] = caller.priority
+    if caller.slo is not None:
+        changes["slo"] = caller.slo
+    return request.model_copy(update={"trace_id": caller.trace_id, **changes})
+
+
+def _refuse_unbuilt(call: ChatCompletionRequest) -> None:
     """Raise `UnsupportedError` for what would change the answer and is not built."""
     wanted = {
         "tools": call.tools,
@@ -26,27 +100,3 @@ def refuse_unbuilt(call: ChatCompletionRequest) -> None:
     for field, is_wanted in wanted.items():
         if is_wanted:
             raise UnsupportedError(f"{field} is not supported: answers are plain text; leave it out", field=field)
-
-
-async def answer_chat(answers: Answers, call: ChatCompletionRequest) -> ChatCompletion:
-    """The whole answer; the error of a request that failed is raised."""
-    response = (await answers.execute(call.to_request())).raise_for_error()
-    return chat_completion(new_head("chatcmpl", call.model), response)
-
-
-async def stream_chat(answers: Answers, call: ChatCompletionRequest) -> AsyncGenerator[str, None]:
-    """The messages of a streamed answer; the error of a request that failed is raised where it happened."""
-    head = new_head("chatcmpl", call.model)
-    async with aclosing(answers.stream(call.to_request())) as events:
-        async for event in events:
-            if isinstance(event, StreamEventDelta):
-                yield to_json(chat_chunk(head, event))
-            elif isinstance(event, StreamEventEnd):
-                if event.error is not None:
-                    raise event.error.to_exception()
-                yield to_json(chat_end(head, event))
-                if call.stream_options is not None and call.stream_options.include_usage:
-                    yield to_json(chat_usage(head, event))
-            else:
-                yield to_json(chat_start(head, num_choices=call.n or 1))
-    yield DONE

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         StreamEventStart,
         parse_stream_event,
     )
+    from sagellm_protocol.structured import StructuredOutput
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
@@ -85,6 +86,7 @@ else:
             ".response": ("CompletionOutput", "FinishReason", "Response", "TokenLogprob", "TopLogprob", "Usage"),
             ".sampling": ("DecodingStrategy", "SamplingParams", "SamplingPreset"),
             ".stream": ("StreamEvent", "StreamEventDelta", "StreamEventEnd", "StreamEventStart", "parse_stream_event"),
+            ".structured": ("StructuredOutput",),
         },
     )
 
@@ -137,6 +139,7 @@ __all__ = [
     "StreamEventDelta",
     "StreamEventEnd",
     "StreamEventStart",
+    "StructuredOutput",
     "TextPart",
     "Timestamps",
     "TokenLogprob",

@@ -68,7 +68,7 @@ async def test_a_chat_stream(client: httpx.AsyncClient, include_usage: bool) -> 
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "w0 w1 w2 "
     assert [event["choices"][0]["finish_reason"] for event in events] == [None] * 4 + ["length"]
-    assert not any("usage" in event for event in events)
+    assert all(("usage" in event) == include_usage and event.get("usage") is None for event in events)
 
 
 async def test_completions_take_several_prompts(client: httpx.AsyncClient) -> None:

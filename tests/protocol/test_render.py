@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from sagellm_protocol import (
@@ -15,14 +14,9 @@ from sagellm_protocol import (
     TopLogprob,
     Usage,
 )
-from sagellm_protocol.openai import ChatCompletion, ChatCompletionChunk, Completion
+from sagellm_protocol.openai import Completion
 from sagellm_protocol.openai.render import (
     AnswerHead,
-    chat_chunk,
-    chat_completion,
-    chat_end,
-    chat_start,
-    chat_usage,
     completion,
     completion_chunk,
     completion_echo,
@@ -52,57 +46,6 @@ def response(*texts: str, logprobs: list[TokenLogprob] | None = None, **fields: 
 
 def delta(chunk: str, **fields: Any) -> StreamEventDelta:
     return StreamEventDelta(request_id="r", chunk=chunk, chunk_tokens=[1], **fields)
-
-
-def test_a_chat_answer_has_one_choice_an_output() -> None:
-    body = to_body(chat_completion(HEAD, response("yes", "no")))
-    assert [choice["message"]["content"] for choice in body["choices"]] == ["yes", "no"]
-    assert body["usage"] == {
-        "prompt_tokens": 3,
-        "completion_tokens": 2,
-        "total_tokens": 5,
-        "prompt_tokens_details": {"cached_tokens": 1},
-    }
-    assert ChatCompletion.model_validate(body).choices[1].finish_reason == "stop"
-    assert "tool_calls" not in body["choices"][0]["message"]
-
-
-def test_chat_logprobs_carry_the_bytes_of_the_token() -> None:
-    body = to_body(chat_completion(HEAD, response("é", logprobs=[logprob("é")])))
-    entry = body["choices"][0]["logprobs"]["content"][0]
-    assert entry["bytes"] == [0xC3, 0xA9]
-    assert entry["top_logprobs"][0]["token"] == "é"
-
-
-def test_a_chat_stream_says_who_speaks_what_and_why_it_ended() -> None:
-    end = StreamEventEnd.of(response("a b", "c"))
-    messages = [
-        chat_start(HEAD, num_choices=2),
-        chat_chunk(HEAD, delta("a ")),
-        chat_chunk(HEAD, delta("c", index=1)),
-        chat_chunk(HEAD, delta("b")),
-        chat_end(HEAD, end),
-        chat_usage(HEAD, end),
-    ]
-    bodies = [json.loads(to_json(message)) for message in messages]
-    for body in bodies:
-        ChatCompletionChunk.model_validate(body)
-    assert bodies[0]["choices"][1] == {"index": 1, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-    assert bodies[1]["choices"][0]["delta"] == {"content": "a "}
-    assert bodies[4]["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "stop"}
-    assert bodies[5]["choices"] == []
-    assert bodies[5]["usage"]["total_tokens"] == 5
-    texts = ["", ""]
-    for body in bodies:
-        for choice in body["choices"]:
-            texts[choice["index"]] += choice["delta"].get("content", "")
-    assert texts == [output.text for output in end.outputs]
-
-
-def test_json_is_one_line_of_readable_text() -> None:
-    text = to_json(chat_chunk(HEAD, delta("推理\n")))
-    assert "推理" in text
-    assert "\n" not in text
 
 
 def test_completions_number_the_choices_of_all_prompts() -> None:
@@ -139,3 +82,9 @@ def test_a_completion_stream() -> None:
     last = to_body(completion_end(HEAD, end, first_index=2))
     assert last["choices"] == [{"index": 2, "text": "", "finish_reason": "stop"}]
     assert to_body(completion_usage(HEAD, [end, end]))["usage"]["total_tokens"] == 10
+
+
+def test_json_is_one_line_of_readable_text() -> None:
+    text = to_json(completion_chunk(HEAD, delta("推理\n"), index=0, offset=0)).decode()
+    assert "推理" in text
+    assert "\n" not in text

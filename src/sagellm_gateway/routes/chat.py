@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse
 from fastapi.responses import Response as HttpResponse
 
-from sagellm_core.http import start_event_stream, while_connected
+from sagellm_core.http import DONE, start_event_stream, while_connected
 from sagellm_gateway.body import read_call
-from sagellm_gateway.chat import answer_chat, refuse_unbuilt, stream_chat
-from sagellm_gateway.context import gateway_of
+from sagellm_gateway.chat import ChatService
+from sagellm_gateway.chat_render import ChunkWriter, answer_body
+from sagellm_gateway.context import Caller, caller_of, gateway_of
 from sagellm_protocol.openai import ChatCompletionRequest
-from sagellm_protocol.openai.render import to_body
 
 router = APIRouter()
 
@@ -21,8 +23,20 @@ router = APIRouter()
 async def chat_completions(http: HttpRequest) -> HttpResponse:
     """Answer a conversation."""
     call = await read_call(http, ChatCompletionRequest, what="chat completion request")
-    refuse_unbuilt(call)
-    answers = gateway_of(http).answers
+    chat, caller = gateway_of(http).chat, caller_of(http)
     if call.stream:
-        return await start_event_stream(http, stream_chat(answers, call))
-    return JSONResponse(to_body(await while_connected(http, answer_chat(answers, call))))
+        return await start_event_stream(http, _messages(chat, call, caller))
+    answer = await while_connected(http, chat.answer(call, caller))
+    return HttpResponse(answer_body(call.model, answer), media_type="application/json")
+
+
+async def _messages(chat: ChatService, call: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
+    options = call.stream_options
+    include_usage = options is not None and options.include_usage
+    writer = ChunkWriter(call.model, num_choices=call.n or 1, include_usage=include_usage)
+    async with aclosing(chat.stream(call, caller)) as pieces:
+        async for piece in pieces:
+            message = writer.write(piece)
+            if message is not None:
+                yield message
+    yield DONE

@@ -12,17 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sagellm_protocol.openai.chat import (
-    ChatAnswer,
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatDelta,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    ChatTopLogprob,
-)
 from sagellm_protocol.openai.common import CompletionUsage
 from sagellm_protocol.openai.completions import Completion, CompletionChoice, CompletionLogprobs
 from sagellm_protocol.response import CompletionOutput, Response, TokenLogprob, Usage
@@ -42,10 +31,7 @@ class AnswerHead:
         return {"id": self.id, "created": self.created, "model": self.model}
 
 
-Message = Completion | ChatCompletion | ChatCompletionChunk
-
-
-def to_body(message: Message) -> dict[str, Any]:
+def to_body(message: Completion) -> dict[str, Any]:
     """The message as JSON values, without the fields that have no value.
 
     Two are kept as null because clients test them: a choice's `finish_reason` and an answer's `content`.
@@ -58,9 +44,9 @@ def to_body(message: Message) -> dict[str, Any]:
     return body
 
 
-def to_json(message: Message) -> str:
-    """`to_body` as one line of text, as a stream sends it."""
-    return json.dumps(to_body(message), ensure_ascii=False, separators=(",", ":"))
+def to_json(message: Completion) -> bytes:
+    """`to_body` as one line of JSON, as a stream sends it."""
+    return json.dumps(to_body(message), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def total_usage(answers: Sequence[Response | StreamEventEnd]) -> CompletionUsage:
@@ -165,76 +151,3 @@ def _first_token(prompt: str, prompt_logprobs: Sequence[TokenLogprob | None]) ->
     """The text of the prompt's first token: what the others leave of it."""
     num_known = sum(len(row.token or "") for row in prompt_logprobs if row is not None)
     return prompt[: max(0, len(prompt) - num_known)]
-
-
-# ---- /v1/chat/completions -----------------------------------------------------------------------------
-
-
-def chat_completion(head: AnswerHead, response: Response) -> ChatCompletion:
-    """The answer to a chat request, one choice an output."""
-    choices = [
-        ChatChoice(
-            index=output.index,
-            message=ChatAnswer(content=output.text),
-            logprobs=None if output.logprobs is None else chat_logprobs(output.logprobs),
-            finish_reason=output.finish_reason.value,
-            stop_reason=output.stop_reason,
-        )
-        for output in response.outputs
-    ]
-    return ChatCompletion(choices=choices, usage=total_usage([response]), **head.fields())
-
-
-def chat_start(head: AnswerHead, *, num_choices: int) -> ChatCompletionChunk:
-    """The first chunk of a stream: it says who speaks."""
-    choices = [
-        ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")) for index in range(num_choices)
-    ]
-    return ChatCompletionChunk(choices=choices, **head.fields())
-
-
-def chat_chunk(head: AnswerHead, event: StreamEventDelta) -> ChatCompletionChunk:
-    """A streamed piece of an answer."""
-    choice = ChatChunkChoice(
-        index=event.index,
-        delta=ChatDelta(content=event.chunk),
-        logprobs=None if event.logprobs is None else chat_logprobs(event.logprobs),
-    )
-    return ChatCompletionChunk(choices=[choice], **head.fields())
-
-
-def chat_end(head: AnswerHead, event: StreamEventEnd) -> ChatCompletionChunk:
-    """The chunk that says why the answers ended."""
-    choices = [
-        ChatChunkChoice(
-            index=output.index,
-            delta=ChatDelta(),
-            finish_reason=output.finish_reason.value,
-            stop_reason=output.stop_reason,
-        )
-        for output in event.outputs
-    ]
-    return ChatCompletionChunk(choices=choices, **head.fields())
-
-
-def chat_usage(head: AnswerHead, event: StreamEventEnd) -> ChatCompletionChunk:
-    """The last chunk of a stream with `include_usage`."""
-    return ChatCompletionChunk(usage=total_usage([event]), **head.fields())
-
-
-def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:
-    """Logprobs in the chat API's form; `bytes` are the UTF-8 bytes of the token's text."""
-    return ChatLogprobs(
-        content=[
-            ChatTokenLogprob(
-                token=entry.token or "",
-                logprob=entry.logprob,
-                bytes=list((entry.token or "").encode()),
-                top_logprobs=[
-                    ChatTopLogprob(token=top.token or "", logprob=top.logprob, bytes=list((top.token or "").encode()))
-                    for top in entry.top
-                ],
-            )
-            for entry in entries
-        ]
-    )

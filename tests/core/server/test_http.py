@@ -33,20 +33,20 @@ class Work:
         finally:
             self.is_closed = True
 
-    async def messages(self, kind: str) -> AsyncGenerator[str, None]:
+    async def messages(self, kind: str) -> AsyncGenerator[bytes, None]:
         try:
             if kind == "wrong":
                 raise NotFoundError("no such thing", field="kind")
             if kind == "nothing":
                 return
-            yield "1"
+            yield b"1"
             if kind == "breaks":
                 raise ResourceExhaustedError("no memory")
             if kind == "bug":
                 raise ZeroDivisionError
             if kind == "waits":
                 await self.go_on.wait()
-            yield "2"
+            yield b"2"
         finally:
             self.is_closed = True
 
