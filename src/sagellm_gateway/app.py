@@ -54,7 +54,8 @@ class Gateway(FastAPI):
             self.include_router(router)
         self._direct: dict[tuple[str, str], Endpoint] = {
             (method, route.path): route.endpoint
-            for route in self.routes
+            for router in ROUTERS
+            for route in router.routes
             if isinstance(route, APIRoute) and not route.param_convertors
             for method in route.methods or ()
         }

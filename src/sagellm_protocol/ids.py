@@ -7,29 +7,29 @@ outside are taken as they are, within the bounds of :data:`sagellm_protocol.fiel
 
 from __future__ import annotations
 
-from uuid import uuid4
+from secrets import token_hex
 
 
 def new_request_id() -> str:
     """Return a fresh request id, ``req-`` and 32 hex digits."""
-    return f"req-{uuid4().hex}"
+    return f"req-{token_hex(16)}"
 
 
 def new_trace_id() -> str:
     """Return a fresh trace id: 32 hex digits, usable in a ``traceparent`` header."""
-    return uuid4().hex
+    return token_hex(16)
 
 
 def new_transfer_id() -> str:
     """Return a fresh id of a KV transfer, ``kvt-`` and 32 hex digits."""
-    return f"kvt-{uuid4().hex}"
+    return f"kvt-{token_hex(16)}"
 
 
 def new_engine_id() -> str:
     """Return a fresh engine id, ``engine-`` and 12 hex digits (short: people read it in logs)."""
-    return f"engine-{uuid4().hex[:12]}"
+    return f"engine-{token_hex(6)}"
 
 
 def new_session_id() -> str:
     """Return a fresh session id, ``session-`` and 32 hex digits (not guessable)."""
-    return f"session-{uuid4().hex}"
+    return f"session-{token_hex(16)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, JsonValue, model_validator
@@ -80,7 +81,7 @@ class ChatCompletionRequest(GenerationRequest):
             )
         self._check_stream_options()
         self._check_tool_choice()
-        self.to_sampling_params()
+        _ = self._sampling
         return self
 
     def _check_tool_choice(self) -> None:
@@ -94,11 +95,15 @@ class ChatCompletionRequest(GenerationRequest):
         if problem is not None:
             raise InvalidArgumentError(problem, field="tool_choice")
 
-    def to_sampling_params(self) -> SamplingParams:
-        """Return the decoding parameters that the body gives, and only those as given."""
+    @cached_property
+    def _sampling(self) -> SamplingParams:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self._given_sampling(logprobs=logprobs, max_tokens=max_tokens)
+
+    def to_sampling_params(self) -> SamplingParams:
+        """Return the decoding parameters that the body gives, and only those as given."""
+        return self._sampling
 
     def to_request(self) -> Request:
         """Return the protocol's request for this body, with a fresh id unless the body gives one."""
