@@ -17,12 +17,12 @@ check: ## linters, formatters, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror csrc/cpu/*.cpp csrc/cpu/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
 
 format: ## put the code into its one form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/cpu/*.cpp csrc/cpu/*.h
+	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.h
 
 test: ## the fast tests
 	$(BIN)/pytest -q -m "not slow"

@@ -1,5 +1,10 @@
 #include "dispatch.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace sage {
 
 namespace generic {
@@ -18,6 +23,13 @@ extern const KernelTable table;
 namespace avx512_bf16 {
 extern const KernelTable table;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const KernelTable table;
+}
+namespace neon_dotprod {
+extern const KernelTable table;
+}
 #endif
 
 const KernelTable* kernel_table(int index) {
@@ -25,6 +37,9 @@ const KernelTable* kernel_table(int index) {
   static const KernelTable* const tables[] = {&generic::table, &avx2::table, &avx512::table, &avx512_vnni::table,
                                               &avx512_bf16::table};
   return index >= 0 && index < 5 ? tables[index] : nullptr;
+#elif defined(__aarch64__)
+  static const KernelTable* const tables[] = {&generic::table, &neon::table, &neon_dotprod::table};
+  return index >= 0 && index < 3 ? tables[index] : nullptr;
 #else
   return index == 0 ? &generic::table : nullptr;
 #endif
@@ -41,6 +56,13 @@ bool is_supported(int index) {
   }
   if (index == 3) return is_supported(2) && __builtin_cpu_supports("avx512vnni");
   if (index == 4) return is_supported(3) && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+  if (index == 1) return true;  // part of the architecture
+#if defined(__APPLE__)
+  if (index == 2) return true;  // every Apple core has it
+#elif defined(__linux__)
+  if (index == 2) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#endif
 #endif
   return index == 0;
 }

@@ -141,6 +141,10 @@ SAGE_INLINE void store_as_bytes(std::int8_t* p, I16 a) {
                    _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
 }
 
+#elif defined(SAGE_NEON)
+}  // namespace sage::SAGE_ISA
+#include "ivec_neon.h"
+namespace sage::SAGE_ISA {
 #else  // any machine
 
 struct I16 {
@@ -215,6 +219,7 @@ SAGE_INLINE void store_as_bytes(std::int8_t* p, I16 a) {
 
 #endif
 
+#if !defined(SAGE_NEON)
 SAGE_INLINE std::int32_t reduce_add_int(I16 a) {
 #if defined(__AVX2__)
   const __m256i eight = sum_of_halves(a);
@@ -227,6 +232,7 @@ SAGE_INLINE std::int32_t reduce_add_int(I16 a) {
   return sum;
 #endif
 }
+#endif
 
 // The largest magnitude of x [k] as the bits of a float: a NaN is above infinity, which is above all others.
 static inline std::uint32_t top_magnitude(const float* x, int k) {

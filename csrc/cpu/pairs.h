@@ -44,6 +44,16 @@ SAGE_INLINE Pairs load_pairs(const void* p) {
   return {{_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))},
           {_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))}};
 }
+#elif defined(SAGE_NEON)
+SAGE_INLINE Pairs load_pairs(const void* p) {
+  Pairs out;
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t pairs = vld1q_u32(static_cast<const std::uint32_t*>(p) + 4 * i);
+    out.even.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+    out.odd.v[i] = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000u)));
+  }
+  return out;
+}
 #else
 SAGE_INLINE Pairs load_pairs(const void* p) {
   Pairs out;

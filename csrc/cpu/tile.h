@@ -10,7 +10,7 @@ namespace sage::SAGE_ISA {
 // Rows of the largest tile.
 #if defined(__AVX512F__)
 inline constexpr int kTileRows = 7;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(SAGE_NEON)
 inline constexpr int kTileRows = 4;
 #else
 inline constexpr int kTileRows = 2;
@@ -21,7 +21,7 @@ template <class E>
 constexpr int tile_groups(int rows) {
 #if defined(__AVX512F__)
   return sizeof(typename E::Columns) == sizeof(V16) || rows <= 2 ? 4 : 2;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(SAGE_NEON)
   return rows == 1 ? 4 : rows == 2 ? 2 : 1;
 #else
   return rows < 0 ? 0 : 1;

@@ -13,6 +13,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON) && !defined(SAGE_PLAIN)
+#define SAGE_NEON 1
 #endif
 
 #ifndef SAGE_ISA
@@ -201,6 +203,10 @@ SAGE_INLINE V16 zero_where_less(V16 value, V16 a, V16 b) {
           _mm256_and_ps(value.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_NLT_UQ))};
 }
 
+#elif defined(SAGE_NEON)
+}  // namespace sage::SAGE_ISA
+#include "vec_neon.h"
+namespace sage::SAGE_ISA {
 #else  // any machine: loops the compiler may turn into its own vectors
 
 struct V16 {
@@ -242,6 +248,7 @@ SAGE_INLINE V16 zero_where_less(V16 value, V16 a, V16 b) { SAGE_EACH(a.v[i] < b.
 
 // Sums lanes i and i+8, then i and i+4, i+2, i+1: the one order of every sum
 // across lanes.
+#if !defined(SAGE_NEON)
 SAGE_INLINE float reduce_add(V16 a) {
 #if defined(__AVX2__)
   const __m256 eight = _mm256_add_ps(low(a), high(a));
@@ -270,6 +277,7 @@ SAGE_INLINE float reduce_max(V16 a) {
   return t[0] > t[1] ? t[0] : t[1];
 #endif
 }
+#endif
 
 // a * 2^n for whole n: exact where the result is normal.
 SAGE_INLINE V16 times_power_of_two(V16 a, V16 n) {
