@@ -2,8 +2,8 @@
 
     python benchmarks/gateway_overhead.py [--seconds 6] [--connections 1,32] [--json FILE]
 
-Three kinds of calls: a chat request of a few words and one of 4,000 words, both answered whole, and a streamed answer of
-128 tokens. Load generator and server share the machine's cores. `wrk` (https://github.com/wg/wrk) is taken from the
+Three kinds of calls: a chat request of a few words and one of 4,000 words, both answered whole, and a streamed answer
+of 128 tokens. Load generator and server share the machine's cores. `wrk` (https://github.com/wg/wrk) is taken from the
 path. The last row is the same call without HTTP, from inside the process.
 """
 
