@@ -38,7 +38,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--quantization", default=None)
+    parser.add_argument("--quantization", default="none")
     parser.add_argument("--kv-cache-dtype", default="bf16", choices=list(KV_DTYPES))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -54,7 +54,7 @@ def main() -> None:
         BLOCK_SIZE,
         KV_DTYPES[arguments.kv_cache_dtype],
     )
-    kind: Arithmetic = "int8" if arguments.quantization else "bfloat16"
+    kind: Arithmetic = "bfloat16" if arguments.quantization == "none" else "int8"
     with torch.inference_mode():
         step = make_step(provider, model, layout)
         results = measure(step, model, layout, measure_limits(provider.ops), kind, arguments.runs)
