@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -76,10 +77,16 @@ class Admission:
         """Requests without a place."""
         return len(self._tickets)
 
+    def num_waiting_by_model(self) -> dict[str, int]:
+        """The same, by the model that is asked for."""
+        return Counter(ticket.request.model for ticket in self._tickets)
+
     def serving(self, model: str) -> list[ManagedEngine]:
         """The engines that requests for `model` may go to; `NotFoundError` where there is none."""
         serving = [engine for engine in self._engines.values() if engine.serves(model)]
         if not serving:
+            if any(model in ("default", engine.instance.model_name) for engine in self._engines.values()):
+                raise UnavailableError(f"the engines of the model {model!r} take no requests now; try again later")
             known = ", ".join(sorted({engine.instance.model_name for engine in self._engines.values()})) or "none"
             raise NotFoundError(f"no engine serves the model {model!r}; there is {known}", field="model")
         return serving

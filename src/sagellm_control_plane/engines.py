@@ -7,12 +7,12 @@ belong to one event loop; only its thread touches them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sagellm_control_plane.types import EngineInfo, EngineState, ExecutionInstance, ExecutionInstanceType
-from sagellm_protocol import Request, Response, StreamEvent
+from sagellm_protocol import ModelDescription, Request, Response, StreamEvent, TokenizeRequest
 
 if TYPE_CHECKING:
     from sagellm_core.config import LLMEngineConfig
@@ -33,6 +33,12 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None: ...
     async def health_check(self) -> bool: ...
     async def stats(self) -> EngineStats: ...
+    def get_info(self) -> dict[str, Any]: ...
+    async def reset_prefix_cache(self) -> bool: ...
+    async def describe_model(self) -> ModelDescription: ...
+    async def tokenize(self, request: TokenizeRequest, /) -> list[int]: ...
+    async def detokenize(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = False) -> str: ...
+    async def token_texts(self, token_ids: Sequence[int], /) -> list[str]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +52,8 @@ class ManagedEngine:
     num_tokens: int = 0
     last_grant: int = -1  # number of the last request it was given
     error: str | None = None
+    description: ModelDescription | None = None  # of its model, once somebody has asked
+    is_held: bool = False  # the operator took it out: only the operator brings it back
     _starting: asyncio.Task[None] | None = None
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -63,13 +71,23 @@ class ManagedEngine:
         return self.state is EngineState.READY and self.num_requests < self.instance.max_concurrent_requests
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether its model is in memory."""
+        return self.state in (EngineState.READY, EngineState.DRAINING)
+
+    @property
     def may_have_place(self) -> bool:
         """Whether waiting for it makes sense."""
         return self.state in (EngineState.STARTING, EngineState.READY)
 
     def serves(self, model: str) -> bool:
         """Whether requests for `model` may come here; `default` is any model."""
-        return model in ("default", self.instance.model_name) and self.state is not EngineState.DRAINING
+        return model in ("default", self.instance.model_name) and not self.is_out
+
+    @property
+    def is_out(self) -> bool:
+        """Whether it takes no more requests, whatever they ask for."""
+        return self.is_held or self.state is EngineState.DRAINING
 
     def info(self) -> EngineInfo:
         """The engine at this moment."""
@@ -116,12 +134,24 @@ class ManagedEngine:
             self.state, self.error = EngineState.ERROR, str(error)
             raise
         if self.state is EngineState.STARTING:
-            self.state = EngineState.READY
+            self.state = EngineState.DRAINING if self.is_held else EngineState.READY
 
     def forget_failure(self) -> None:
         """Let the next `start` try again."""
         if self.state is EngineState.ERROR:
             self._starting = None
+
+    def hold(self) -> None:
+        """Take no more requests until `resume`; a loaded model stays loaded."""
+        self.is_held = True
+        if self.state is EngineState.READY:
+            self.state = EngineState.DRAINING
+
+    def resume(self) -> None:
+        """Take requests again; what is not loaded loads with the next `start`."""
+        self.is_held = False
+        if self.state is EngineState.DRAINING:
+            self.state = EngineState.READY
 
     async def drain(self) -> None:
         """Wait until the requests in flight have ended, then stop; whoever calls this has set DRAINING."""
@@ -136,7 +166,8 @@ class ManagedEngine:
             await asyncio.wait({self._starting})
             self._starting = None
         await self.engine.stop()
-        self.state = EngineState.STOPPED
+        if self._starting is None:  # else it was started again meanwhile
+            self.state = EngineState.STOPPED
 
 
 def _end_of_start(task: asyncio.Task[None], on_end: Callable[[], None]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,13 @@ from sagellm_control_plane.types import (
 from sagellm_core.config import BackendConfig, EngineConfig, LLMEngineConfig
 from sagellm_protocol import (
     InvalidArgumentError,
+    ModelDescription,
     NotFoundError,
     Request,
     Response,
     StreamEvent,
     StreamEventEnd,
+    TokenizeRequest,
     UnavailableError,
 )
 
@@ -81,6 +84,8 @@ class ControlPlaneManager:
         self._make_engine = make_engine
         self._clock = clock
         self._engines: dict[str, ManagedEngine] = {}
+        self.allowed_models: dict[str, EngineConfig] = {}  # configurations that further engines may be made of
+        self._leaving: set[str] = set()  # engines that are being unregistered
         self._admission = Admission(
             self._engines,
             get_policy(scheduling_policy),
@@ -93,9 +98,21 @@ class ControlPlaneManager:
         self._started_at = clock()
         self._is_stopped = False
         for config in engine_configs:
-            self._register_config(config)
+            self.allowed_models.setdefault(config.model, config)
+            self.register_config(config)
 
     # ---- engines --------------------------------------------------------------------------------------
+
+    def register_config(self, config: EngineConfig) -> str:
+        """Add an engine of this process by configuration; returns its id. It loads as `register_instance` says."""
+        name = config.engine_id or _free_name(self._engines)
+        self._check_new(name)
+        llm_config = config.to_llm_engine_config(self.backend_config).model_copy(update={"engine_id": name})
+        instance = ExecutionInstance(
+            instance_id=name, model_name=config.model, max_concurrent_requests=llm_config.max_batch_size
+        )
+        self._add(instance, self._make_engine(llm_config))
+        return name
 
     def register_instance(self, instance: ExecutionInstance) -> None:
         """Add an engine of this process by description; it loads when the manager starts or a request comes."""
@@ -124,9 +141,43 @@ class ControlPlaneManager:
         """Take no more requests for an engine, let those in flight end, then stop it."""
         engine = self._engine(engine_id)
         engine.state = EngineState.DRAINING
+        engine.is_held = True
+        self._leaving.add(engine_id)
         self._admission.dispatch()  # requests that wait for this engine alone are refused now
-        await engine.drain()
-        self._engines.pop(engine_id, None)
+        try:
+            await engine.drain()
+            self._engines.pop(engine_id, None)
+        finally:
+            self._leaving.discard(engine_id)
+
+    def start_engine(self, engine_id: str) -> asyncio.Task[None]:
+        """Begin to load an engine, or let one that was drained take requests again; the task ends when it is ready.
+
+        Raises `UnavailableError` for an engine that is being unregistered.
+        """
+        engine = self._staying(engine_id)
+        engine.resume()
+        engine.forget_failure()
+        self._admission.dispatch()
+        return engine.start(self._admission.dispatch)
+
+    def drain_engine(self, engine_id: str) -> None:
+        """Take no more requests for an engine until `start_engine`; those in flight end, the model stays loaded."""
+        self._staying(engine_id).hold()
+        self._admission.dispatch()
+
+    async def stop_engine(self, engine_id: str) -> None:
+        """End an engine's requests with `abort` and free its model; it stays out until `start_engine`."""
+        engine = self._staying(engine_id)
+        engine.hold()
+        self._admission.dispatch()
+        await engine.stop()
+
+    async def reset_prefix_cache(self) -> dict[str, bool]:
+        """Forget all cached prefixes of the loaded engines, by id; False where requests hold blocks."""
+        loaded = [engine for engine in self._engines.values() if engine.is_loaded]
+        done = await asyncio.gather(*(engine.engine.reset_prefix_cache() for engine in loaded))
+        return {engine.engine_id: is_done for engine, is_done in zip(loaded, done, strict=True)}
 
     def list_engines(self) -> list[EngineInfo]:
         """All engines at this moment."""
@@ -136,12 +187,26 @@ class ControlPlaneManager:
         """One engine at this moment; `NotFoundError` for an unknown id."""
         return self._engine(engine_id).info()
 
+    def model_of(self, engine_id: str) -> str:
+        """The name of an engine's model; empty for an unknown id."""
+        engine = self._engines.get(engine_id)
+        return "" if engine is None else engine.instance.model_name
+
+    def get_engine_config(self, engine_id: str) -> LLMEngineConfig:
+        """What one engine runs with; `NotFoundError` for an unknown id."""
+        return self._engine(engine_id).engine.config
+
+    def get_engine_details(self, engine_id: str) -> dict[str, Any]:
+        """Model, device, memory and kernels, as `LLMEngine.get_info` has them; `NotFoundError` for an unknown id."""
+        return self._engine(engine_id).engine.get_info()
+
     async def start(self) -> None:
         """Load all engines. Raises the first error where none could start; otherwise what failed is in its info."""
         if not self._engines:
             raise InvalidArgumentError("no engine is registered; give engine_configs or call register_instance first")
         self._is_stopped = False
         for engine in self._engines.values():
+            engine.resume()
             engine.forget_failure()
         starting = [engine.start(self._admission.dispatch) for engine in self._engines.values()]
         await asyncio.wait(starting)
@@ -198,7 +263,45 @@ class ControlPlaneManager:
                     else:
                         yield event
 
+    # ---- models ---------------------------------------------------------------------------------------
+
+    async def describe_model(self, model: str) -> ModelDescription:
+        """What a model is; its engine starts if it has to. Raises `NotFoundError` for one that no engine serves."""
+        engine = await self._loaded(model)
+        if engine.description is None:
+            description = await engine.engine.describe_model()
+            engine.description = description.model_copy(update={"model": engine.instance.model_name})
+        return engine.description
+
+    async def tokenize(self, model: str, **fields: Any) -> list[int]:
+        """The token ids of a text or a conversation; `fields` are those of `TokenizeRequest`."""
+        return await (await self._loaded(model)).engine.tokenize(TokenizeRequest(**fields))
+
+    async def detokenize(self, model: str, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of `token_ids`; `InvalidArgumentError` for an id that the model does not have."""
+        vocab_size = (await self.describe_model(model)).vocab_size
+        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+        if wrong is not None:
+            raise InvalidArgumentError(
+                f"{wrong} is no token id of {model!r}; its vocabulary ends at {vocab_size - 1}", field="tokens"
+            )
+        engine = await self._loaded(model)
+        return await engine.engine.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
+
+    async def token_texts(self, model: str, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself."""
+        return await (await self._loaded(model)).engine.token_texts(token_ids)
+
     # ---- information ----------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue in front of the engines."""
+        return self._admission.num_waiting
+
+    def num_waiting_by_model(self) -> dict[str, int]:
+        """The same, by the model that is asked for; without those that nobody waits for."""
+        return self._admission.num_waiting_by_model()
 
     async def health_check(self) -> bool:
         """Whether at least one engine takes requests and answers."""
@@ -206,10 +309,10 @@ class ControlPlaneManager:
         return any(await asyncio.gather(*(engine.health_check() for engine in ready)))
 
     async def engine_stats(self) -> dict[str, EngineStats]:
-        """The counters of each engine that is ready, by id."""
-        ready = [engine for engine in self._engines.values() if engine.state is EngineState.READY]
-        stats = await asyncio.gather(*(engine.engine.stats() for engine in ready))
-        return {engine.engine_id: stat for engine, stat in zip(ready, stats, strict=True)}
+        """The counters of each engine that is loaded and answers, by id."""
+        loaded = [engine for engine in self._engines.values() if engine.is_loaded]
+        stats = await asyncio.gather(*(_stats_of(engine) for engine in loaded))
+        return {engine.engine_id: stat for engine, stat in zip(loaded, stats, strict=True) if stat is not None}
 
     def get_status(self) -> dict[str, Any]:
         """Engines and queue at this moment, as plain JSON values."""
@@ -244,14 +347,16 @@ class ControlPlaneManager:
 
     # ---- steps of the above ---------------------------------------------------------------------------
 
-    def _register_config(self, config: EngineConfig) -> None:
-        name = config.engine_id or f"engine-{len(self._engines)}"
-        llm_config = config.to_llm_engine_config(self.backend_config).model_copy(update={"engine_id": name})
-        instance = ExecutionInstance(
-            instance_id=name, model_name=config.model, max_concurrent_requests=llm_config.max_batch_size
-        )
-        self._check_new(name)
-        self._add(instance, self._make_engine(llm_config))
+    async def _loaded(self, model: str) -> ManagedEngine:
+        """An engine that has the model in memory; one is started where there is none."""
+        if self._is_stopped:
+            raise UnavailableError("the control plane was stopped; call start() first")
+        serving = self._admission.serving(model)
+        for engine in serving:
+            if engine.is_loaded:
+                return engine
+        await asyncio.shield(serving[0].start(self._admission.dispatch))
+        return serving[0]
 
     def _check_new(self, engine_id: str) -> None:
         if engine_id in self._engines:
@@ -269,10 +374,29 @@ class ControlPlaneManager:
             raise NotFoundError(f"no engine {engine_id!r}; registered: {known}", engine_id=engine_id)
         return self._engines[engine_id]
 
+    def _staying(self, engine_id: str) -> ManagedEngine:
+        """An engine that is not on its way out."""
+        engine = self._engine(engine_id)
+        if engine_id in self._leaving:
+            raise UnavailableError(f"{engine_id} is being taken away; register a new engine", engine_id=engine_id)
+        return engine
+
     def _accept(self, request: Request) -> Request:
         if self._is_stopped:
             raise UnavailableError("the control plane was stopped; call start() first")
         return request
+
+
+async def _stats_of(engine: ManagedEngine) -> EngineStats | None:
+    """None for an engine that stops in this moment."""
+    try:
+        return await engine.engine.stats()
+    except UnavailableError:
+        return None
+
+
+def _free_name(taken: Mapping[str, object]) -> str:
+    return next(name for number in itertools.count() if (name := f"engine-{number}") not in taken)
 
 
 def _mark_late(response: Response, ticket: Ticket) -> Response:

@@ -34,7 +34,6 @@ from sagellm_core.serving import run_server
 from sagellm_core.version import __version__
 from sagellm_protocol import InvalidArgumentError, NotFoundError, Request, parse
 from sagellm_protocol.openai import CompletionRequest
-from sagellm_protocol.openai.render import to_body
 
 
 def create_engine_app(make_engine: Callable[[], LLMEngine]) -> FastAPI:
@@ -44,10 +43,10 @@ def create_engine_app(make_engine: Callable[[], LLMEngine]) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with make_engine() as engine:
             app.state.engine = engine
-            app.state.collector = EngineCollector()
+            app.state.collector = EngineCollector(lambda _: engine.config.model_path)
             app.state.registry = CollectorRegistry()
             app.state.registry.register(app.state.collector)
-            app.state.answers = Answers(engine.execute, engine.stream, app.state.collector)
+            app.state.answers = Answers(engine.execute, engine.stream, app.state.collector.observe)
             yield
 
     app = FastAPI(title="sageLLM engine", version=__version__, lifespan=lifespan)
@@ -77,8 +76,9 @@ async def completions(http: HttpRequest) -> HttpResponse:
     call = _completion_request(http, body)
     prompts = read_prompts(call, _engine(http).tokenizer.decode)
     if call.stream:
-        return await start_event_stream(http, stream_completion(answers, call, prompts))
-    return JSONResponse(to_body(await while_connected(http, answer_completion(answers, call, prompts))))
+        return await start_event_stream(http, stream_completion(answers, call, call.to_requests(), prompts))
+    answer = await while_connected(http, answer_completion(answers, call, call.to_requests(), prompts))
+    return HttpResponse(answer, media_type="application/json")
 
 
 async def stream_completions(http: HttpRequest) -> HttpResponse:

@@ -7,7 +7,9 @@ the work it asked for; nothing here knows what is served.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+import math
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,13 +19,21 @@ from fastapi.responses import JSONResponse
 from fastapi.responses import Response as HttpResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from sagellm_protocol import ErrorCode, InternalError, InvalidArgumentError, RequestCancelledError, SageLLMError
+from sagellm_core.json_limits import check_depth, check_structure
+from sagellm_protocol import (
+    DeadlineExceededError,
+    ErrorCode,
+    InternalError,
+    InvalidArgumentError,
+    RequestCancelledError,
+    SageLLMError,
+)
 from sagellm_protocol.openai import ErrorResponse
 
-MAX_BODY_BYTES = 8 * 2**20
+# Where a scope holds the limits of its body.
+BODY_LIMITS = "sagellm.body_limits"
 
 # An answer that takes no longer is not worth watching the connection for.
 _PATIENCE_S = 0.01
@@ -33,6 +43,9 @@ DONE = b"[DONE]"
 
 _T = TypeVar("_T")
 
+# The body for an error on the way to a path: not every API has the same form of errors.
+ErrorForm = Callable[[str, SageLLMError], dict[str, Any]]
+
 # Not ours to send, but what routing itself answers: unknown path, wrong method.
 _CODE_OF_STATUS = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.INVALID_ARGUMENT}
 
@@ -40,29 +53,104 @@ _CODE_OF_STATUS = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.INVALID_ARGUMENT}
 # ---- requests -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class BodyLimits:
+    """What a body may be; those of a server lie in its requests' scope under `BODY_LIMITS`."""
+
+    max_bytes: int = 8 * 2**20
+    max_depth: int = 64  # objects and lists within each other
+    timeout_s: float = 30.0  # between two parts
+
+
+class BodyTooLargeError(InvalidArgumentError):
+    """A body that exceeds its limit: status 413."""
+
+    @property
+    def http_status(self) -> int:
+        """The status for this error."""
+        return 413
+
+
+class BodyTimeoutError(DeadlineExceededError):
+    """A body that does not come: status 408."""
+
+    @property
+    def http_status(self) -> int:
+        """The status for this error."""
+        return 408
+
+
+_DEFAULT_BODY_LIMITS = BodyLimits()
+
+
 async def read_json_object(http: HttpRequest) -> dict[str, Any]:
-    """The JSON object in the body; `InvalidArgumentError` for anything else and for more than `MAX_BODY_BYTES`."""
+    """The JSON object in the body; `InvalidArgumentError` for anything else and for what exceeds `BodyLimits`."""
+    limits = http.scope.get(BODY_LIMITS, _DEFAULT_BODY_LIMITS)
+    body = await _read_body(http, limits)
+    check_structure(body)
     try:
-        data = msgspec.json.decode(await _read_body(http))
+        data = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidArgumentError(f"the body is not valid JSON: {error}; send a JSON object") from error
+        hint = "; escapes of surrogates come in pairs" if b"\\ud" in body.lower() else ""
+        raise InvalidArgumentError(f"the body is not valid JSON: {error}{hint}; send a JSON object") from error
     if not isinstance(data, dict):
         raise InvalidArgumentError(f"the body must be a JSON object, got {type(data).__name__}")
+    check_depth(data, body, limits.max_depth)
     return data
 
 
-async def _read_body(http: HttpRequest) -> bytes:
-    size = 0
-    chunks = []
+async def _read_body(http: HttpRequest, limits: BodyLimits) -> bytes:
+    announced = next((value for name, value in http.scope["headers"] if name == b"content-length"), b"0")
+    if announced.isdigit() and (len(announced) > 18 or int(announced) > limits.max_bytes):
+        raise _body_too_large(limits)
+    watch = _Impatience(limits.timeout_s)
+    parts: list[bytes] = []
+    size, has_more = 0, True
     try:
-        async for chunk in http.stream():
-            size += len(chunk)
-            if size > MAX_BODY_BYTES:
-                raise InvalidArgumentError(f"the body is larger than {MAX_BODY_BYTES} bytes; send less")
-            chunks.append(chunk)
-    except ClientDisconnect as error:
-        raise RequestCancelledError("the client closed the connection before its request was complete") from error
-    return b"".join(chunks)
+        while has_more:
+            watch.start()
+            message = await http.receive()
+            if message["type"] == "http.disconnect":
+                raise RequestCancelledError("the client closed the connection before its request was complete")
+            size += len(message.get("body", b""))
+            if size > limits.max_bytes:
+                raise _body_too_large(limits)
+            parts.append(message.get("body", b""))
+            has_more = message.get("more_body", False)
+    except asyncio.CancelledError:
+        if not watch.has_ended:
+            raise
+        raise BodyTimeoutError(f"the body did not come: nothing for {limits.timeout_s:g} s; send it at once") from None
+    finally:
+        watch.stop()
+    return b"".join(parts)
+
+
+def _body_too_large(limits: BodyLimits) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is larger than {limits.max_bytes} bytes; send less")
+
+
+class _Impatience:
+    """Cancels the task that made it when `stop` or the next `start` takes longer than the time given."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.has_ended = False
+        self._timeout_s = timeout_s
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self.stop()
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._end)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _end(self) -> None:
+        assert self._task is not None, "requests are served in tasks"
+        self.has_ended = True
+        self._task.cancel()
 
 
 async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, _T]) -> _T:
@@ -125,7 +213,7 @@ class EventStream(HttpResponse):
     """Server-sent events: one `data:` message for each JSON text of `first` and then of `messages`.
 
     The generator is closed in every case, also when the client goes away while it waits for its next message. An
-    error inside it becomes a last message with an error body.
+    error inside it becomes a last message with an error body. Subclasses stream in other frames.
     """
 
     media_type = "text/event-stream"
@@ -150,26 +238,32 @@ class EventStream(HttpResponse):
             await _cancelled(sending, leaving)
             await self._messages.aclose()
 
+    @staticmethod
+    def frame(message: bytes) -> bytes:
+        """A message as it stands in the body."""
+        return b"data: %s\n\n" % message
+
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             for message in self._first:
-                await _send_event(send, message)
+                await self._send_message(send, message)
             async for message in self._messages:
-                await _send_event(send, message)
+                await self._send_message(send, message)
         except SageLLMError as error:
-            await _send_event(send, ErrorResponse.of(error).model_dump_json().encode())
+            await self._send_message(send, ErrorResponse.of(error).model_dump_json().encode())
         except Exception:
-            await _send_event(send, ErrorResponse.of(unexpected_error()).model_dump_json().encode())
+            await self._send_message(send, ErrorResponse.of(unexpected_error()).model_dump_json().encode())
             raise
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _send_message(self, send: Send, message: bytes) -> None:
+        await send({"type": "http.response.body", "body": self.frame(message), "more_body": True})
 
-async def _send_event(send: Send, message: bytes) -> None:
-    await send({"type": "http.response.body", "body": b"data: %s\n\n" % message, "more_body": True})
 
-
-async def start_event_stream(http: HttpRequest, messages: AsyncGenerator[bytes, None]) -> EventStream:
+async def start_event_stream(
+    http: HttpRequest, messages: AsyncGenerator[bytes, None], kind: type[EventStream] = EventStream
+) -> EventStream:
     """A stream whose first message is there already, so that a bad request is a status and not a broken stream."""
 
     async def next_messages() -> list[bytes]:
@@ -177,7 +271,7 @@ async def start_event_stream(http: HttpRequest, messages: AsyncGenerator[bytes, 
             return [message]
         return []
 
-    return EventStream(messages, await while_connected(http, next_messages()))
+    return kind(messages, await while_connected(http, next_messages()))
 
 
 def metrics_page(registry: CollectorRegistry) -> HttpResponse:
@@ -188,37 +282,46 @@ def metrics_page(registry: CollectorRegistry) -> HttpResponse:
 # ---- errors -------------------------------------------------------------------------------------------
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Answer every failure of `app` with the OpenAI API's error body and the status of its code."""
-    app.add_exception_handler(SageLLMError, _on_protocol_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_unexpected_error)
+def openai_error_body(_path: str, error: SageLLMError) -> dict[str, Any]:
+    """The OpenAI API's form of an error, whatever was called."""
+    return ErrorResponse.of(error).model_dump(mode="json")
 
 
-def error_answer(error: SageLLMError, http_status: int | None = None) -> HttpResponse:
-    """The error body; OpenAI's clients read from its headers whether the same request is worth another try."""
+def install_error_handlers(app: FastAPI, body_of: ErrorForm = openai_error_body) -> None:
+    """Answer every failure of `app` with the status of its code and the body that `body_of(path, error)` makes."""
+
+    async def on_protocol_error(http: HttpRequest, error: Exception) -> HttpResponse:
+        assert isinstance(error, SageLLMError)
+        return error_answer(error, body=body_of(http.url.path, error))
+
+    async def on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
+        assert isinstance(error, HTTPException)
+        code = _CODE_OF_STATUS.get(error.status_code, ErrorCode.INTERNAL)
+        failure = SageLLMError(f"{http.method} {http.url.path}: {error.detail}", code=code)
+        answer = error_answer(failure, error.status_code, body=body_of(http.url.path, failure))
+        answer.headers.update(error.headers or {})  # such as Allow, beside 405
+        return answer
+
+    async def on_unexpected_error(http: HttpRequest, _: Exception) -> HttpResponse:
+        # The server logs the traceback: the framework raises the exception again behind this answer.
+        failure = unexpected_error()
+        return error_answer(failure, body=body_of(http.url.path, failure))
+
+    app.add_exception_handler(SageLLMError, on_protocol_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_unexpected_error)
+
+
+def error_answer(
+    error: SageLLMError, http_status: int | None = None, *, body: dict[str, Any] | None = None
+) -> HttpResponse:
+    """The error in the OpenAI API's form or as `body`; clients read from its headers whether to try again."""
     headers = {"X-Should-Retry": "true" if error.retryable else "false"}
     if error.retryable:
-        headers["Retry-After"] = "1"
-    body = ErrorResponse.of(error).model_dump(mode="json")
-    return JSONResponse(body, status_code=http_status or error.http_status, headers=headers)
-
-
-async def _on_protocol_error(_: HttpRequest, error: Exception) -> HttpResponse:
-    assert isinstance(error, SageLLMError)
-    return error_answer(error)
-
-
-async def _on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
-    assert isinstance(error, HTTPException)
-    code = _CODE_OF_STATUS.get(error.status_code, ErrorCode.INTERNAL)
-    message = f"{http.method} {http.url.path}: {error.detail}"
-    return error_answer(SageLLMError(message, code=code), error.status_code)
-
-
-async def _on_unexpected_error(_: HttpRequest, __: Exception) -> HttpResponse:
-    # The server logs the traceback: the framework raises the exception again behind this answer.
-    return error_answer(unexpected_error())
+        headers["Retry-After"] = str(max(1, math.ceil(error.context.get("retry_after_s", 1))))
+    return JSONResponse(
+        body or openai_error_body("", error), status_code=http_status or error.http_status, headers=headers
+    )
 
 
 def unexpected_error() -> InternalError:

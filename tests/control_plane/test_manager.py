@@ -400,3 +400,61 @@ async def test_a_protocol_request_passes_unchanged() -> None:
         response: Response = await manager.execute_request(request)
         assert response.request_id == "mine"
         assert engine.requests == [request]
+
+
+# ---- the operator's hand ------------------------------------------------------------------------------
+
+
+async def test_names_of_new_engines_are_free_ones() -> None:
+    manager = ControlPlaneManager(
+        engine_configs=[EngineConfig(model="m"), EngineConfig(model="m")], make_engine=lambda config: FakeEngine(config)
+    )
+    async with manager:
+        await manager.unregister_engine("engine-0")
+        assert manager.register_config(manager.allowed_models["m"]) == "engine-0"
+        assert manager.register_config(manager.allowed_models["m"]) == "engine-2"
+        assert manager.model_of("engine-2") == "m"
+        assert manager.model_of("nobody") == ""
+
+
+async def test_a_drained_engine_leaves_the_work_to_others() -> None:
+    first, second = FakeEngine(), FakeEngine()
+    async with make_manager(first, second, routing_policy="round_robin") as manager:
+        manager.drain_engine("e0")
+        for _ in range(3):
+            await manager.execute_request(prompt="hi", max_tokens=1)
+        assert (len(first.requests), len(second.requests)) == (0, 3)
+        assert first.is_running
+        await manager.start_engine("e0")
+        for _ in range(2):
+            await manager.execute_request(prompt="hi", max_tokens=1)
+        assert len(first.requests) == 1
+
+
+async def test_an_engine_that_is_drained_while_it_loads_takes_nothing_when_it_has_loaded() -> None:
+    engine = FakeEngine()
+    engine.start_gate.clear()
+    manager = make_manager(engine)
+    loading = manager.start_engine("e0")
+    manager.drain_engine("e0")
+    with pytest.raises(UnavailableError, match="take no requests now"):
+        await manager.execute_request(prompt="hi")
+    engine.start_gate.set()
+    await loading
+    assert manager.get_engine("e0").state is EngineState.DRAINING
+    await manager.start_engine("e0")
+    assert (await manager.execute_request(prompt="hi", max_tokens=1)).output_text == "w0 "
+    await manager.stop()
+
+
+async def test_a_stopped_engine_runs_again_after_a_start() -> None:
+    engine = FakeEngine()
+    async with make_manager(engine) as manager:
+        held = asyncio.ensure_future(manager.execute_request(prompt="wait"))
+        await until(lambda: engine.running)
+        await manager.stop_engine("e0")
+        assert (await held).finish_reason is FinishReason.ABORT
+        assert manager.get_engine("e0").state is EngineState.STOPPED
+        await manager.start_engine("e0")
+        assert manager.get_engine("e0").state is EngineState.READY
+        assert await manager.reset_prefix_cache() == {"e0": True}

@@ -31,6 +31,7 @@ def sampling_rows(draw):
         output_token_ids=draw(IDS),
         banned_token_ids=draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2)),
         allowed_token_ids=draw(st.none() | st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6)),
+        mask=draw(st.none() | st.integers(0, 2**VOCAB_SIZE - 1).map(lambda bits: np.array([bits], dtype=np.int32))),
     )
 
 

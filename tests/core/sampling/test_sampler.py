@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagellm_core.sampling.metadata import SamplingRow
+from sagellm_core.engine_core.types import EngineCoreRequest
+from sagellm_core.sampling.metadata import SamplingMetadata, SamplingRow
+from sagellm_core.sampling.sampler import Sampler
 from sagellm_protocol import DecodingStrategy, SamplingParams
 from sampling_reference import draw, kept_tokens, process, sample, softmax
 
@@ -228,3 +230,41 @@ def test_a_broken_row_harms_no_other(bad, params):
     tokens = sample(logits, rows).token_ids
     assert (tokens[0], tokens[2]) == (whole[0], whole[2])
     assert 0 <= tokens[1] < 2000
+
+
+def test_masks_win_over_stop_tokens_unless_others_are_left():
+    """What a grammar allows is all that counts; end tokens are held back while it allows anything else."""
+    request = EngineCoreRequest("r", [7], SamplingParams(min_tokens=5, max_tokens=9), eos_token_ids=frozenset({2}))
+    for bits, expected in ((0b1100, 0b1000), (0b0100, 0b0100)):
+        row = SamplingRow.from_request(request, [7], FixedMask(bits))
+        assert row.banned_token_ids == ()
+        assert row.mask.tolist() == [expected]
+        assert not row.takes_most_probable
+    ignoring = dataclasses.replace(request, sampling=SamplingParams(ignore_eos=True))
+    assert SamplingRow.from_request(ignoring, [7], FixedMask(0b1100)).mask.tolist() == [0b1000]
+
+
+class FixedMask:
+    """A matcher that allows the same tokens always."""
+
+    def __init__(self, bits):
+        self.allowed = np.array([bits], dtype=np.int32)
+
+
+def test_a_second_token_is_reported_beside_the_one_drawn():
+    params = SamplingParams(logprobs=1)
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 3)
+    mask = np.array([0b0011], dtype=np.int32)
+    rows = [
+        SamplingRow(params, 0, 0),
+        SamplingRow(params, 0, 0, mask=mask, fallback_token_id=0),
+        SamplingRow(SamplingParams(), 0, 0, mask=mask),
+    ]
+    found = Sampler()(logits.clone(), SamplingMetadata.from_requests(rows))
+    expected = torch.log_softmax(logits[0], 0)
+    assert found.token_ids == [3, 1, 1]
+    assert list(found.fallback_logprobs) == [1]
+    assert found.logprobs[1].logprob == pytest.approx(expected[1].item())
+    fallback = found.fallback_logprobs[1]
+    assert (fallback.token_id, fallback.rank) == (0, 4)
+    assert fallback.logprob == pytest.approx(expected[0].item())

@@ -48,7 +48,7 @@ async def test_an_openai_body_gets_a_completion(client: httpx.AsyncClient) -> No
     assert answer.status_code == 200
     body = answer.json()
     assert body["object"] == "text_completion"
-    assert body["choices"] == [{"index": 0, "text": "w0 w1 w2 ", "finish_reason": "length"}]
+    assert body["choices"] == [{"index": 0, "text": "w0 w1 w2 ", "logprobs": None, "finish_reason": "length"}]
     assert body["usage"]["completion_tokens"] == 3
 
 
@@ -121,9 +121,9 @@ async def test_the_stream_path_sends_protocol_events(client: httpx.AsyncClient) 
         ({"model": "other", "prompt": "hi"}, 404, "this engine serves 'fake', not 'other'"),
         ({"model": "fake", "prompt": "refuse"}, 400, "prompt is refused"),
         ({"model": "fake", "prompt": "fail"}, 500, "the fake broke"),
-        ({"model": "fake", "prompt": "hi", "lora": "x"}, 501, "LoRA adapters are not supported"),
-        ({"model": "fake", "prompt": "hi", "session_id": "x"}, 501, "sessions are not supported"),
-        ({"request_id": "r", "prompt": "hi", "phase": "prefill"}, 501, "hand-over is not supported"),
+        ({"model": "fake", "prompt": "hi", "lora": "x"}, 400, "LoRA adapters are not supported"),
+        ({"model": "fake", "prompt": "hi", "session_id": "x"}, 400, "sessions are not supported"),
+        ({"request_id": "r", "prompt": "hi", "phase": "prefill"}, 400, "hand-over is not supported"),
         ({"model": "fake", "prompt": "hi", "stream": True, "echo": True, "logprobs": 1}, 400, "cannot be streamed"),
     ],
 )
@@ -161,10 +161,11 @@ async def test_health_info_and_metrics(client: httpx.AsyncClient, engine: Served
     await client.post("/v1/completions", json={"model": "fake", "prompt": "hi there", "max_tokens": 3})
     await client.post("/v1/completions", json={"request_id": "r", "prompt": "fail"})
     text = (await client.get("/metrics")).text
-    assert 'sagellm_requests_total{engine_id="fake",finish_reason="length"} 1.0' in text
-    assert 'sagellm_requests_total{engine_id="fake",finish_reason="error"} 1.0' in text
-    assert 'sagellm_prompt_tokens_total{engine_id="fake"} 3.0' in text
-    assert 'sagellm_kv_usage_ratio{engine_id="fake"} 0.0' in text
+    labels = 'engine="fake",model_name="fake"'
+    for reason in ("length", "error"):
+        assert f'vllm:request_success_total{{engine="fake",finished_reason="{reason}",model_name="fake"}} 1.0' in text
+    assert f"vllm:prompt_tokens_total{{{labels}}} 3.0" in text
+    assert f"vllm:kv_cache_usage_perc{{{labels}}} 0.0" in text
     await engine.stop()
     assert (await client.get("/health")).status_code == 503
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import pytest
@@ -12,10 +12,17 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 from fastapi.responses import Response as HttpResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_client import LeavingClient, client_of, events_in, until
-from sagellm_core import http as http_helpers
-from sagellm_core.http import install_error_handlers, read_json_object, start_event_stream, while_connected
+from sagellm_core.http import (
+    BODY_LIMITS,
+    BodyLimits,
+    install_error_handlers,
+    read_json_object,
+    start_event_stream,
+    while_connected,
+)
 from sagellm_protocol import NotFoundError, ResourceExhaustedError
 
 
@@ -82,8 +89,9 @@ def make_app(work: Work) -> FastAPI:
         (b"{", "not valid JSON"),
         (b"", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
+        (b'{"a": "\\uD800"}', "surrogates come in pairs"),
         (b"[1]", "must be a JSON object, got list"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 10_000, "not valid JSON"),
     ],
 )
 async def test_a_bad_body_is_the_callers_error(content: bytes, message: str) -> None:
@@ -95,13 +103,59 @@ async def test_a_bad_body_is_the_callers_error(content: bytes, message: str) -> 
         assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_argument")
 
 
-async def test_a_body_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_helpers, "MAX_BODY_BYTES", 100)
-    async with client_of(make_app(Work())) as client:
+class Limited:
+    """Puts limits into the scope of every request."""
+
+    def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
+        self._app = app
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, BODY_LIMITS: self._limits}, receive, send)
+
+
+def limited(app: FastAPI, limits: BodyLimits) -> FastAPI:
+    app.add_middleware(Limited, limits=limits)
+    return app
+
+
+async def pieces_of(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 10):
+        yield body[start : start + 10]
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_a_body_that_is_too_large_is_refused(is_chunked: bool) -> None:
+    async with client_of(limited(make_app(Work()), BodyLimits(max_bytes=100))) as client:
         assert (await client.post("/echo", json={"a": "b"})).json() == {"a": "b"}
-        answer = await client.post("/echo", json={"a": "b" * 100})
-        assert answer.status_code == 400
+        body = json.dumps({"a": "b" * 100}).encode()
+        answer = await client.post("/echo", content=pieces_of(body) if is_chunked else body)
+        assert answer.status_code == 413
         assert "larger than 100 bytes" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("depth", "status"), [(4, 200), (5, 400)])
+@pytest.mark.parametrize("is_wide", [False, True])
+async def test_a_body_that_is_too_deep_is_refused(depth: int, status: int, is_wide: bool) -> None:
+    body = b'{"a":' * depth + b"1" + b"}" * depth
+    if is_wide:
+        body = body[:-1] + b',"b":[' + b"[]," * 100 + b"{}]}"
+    async with client_of(limited(make_app(Work()), BodyLimits(max_depth=4))) as client:
+        answer = await client.post("/echo", content=body)
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            assert "nested deeper than 4" in answer.json()["error"]["message"]
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    async def half() -> AsyncIterator[bytes]:
+        yield b'{"a":'
+        await asyncio.sleep(30)
+
+    async with client_of(limited(make_app(Work()), BodyLimits(timeout_s=0.01))) as client:
+        answer = await client.post("/echo", content=half())
+        assert answer.status_code == 408
+        assert "nothing for 0.01 s" in answer.json()["error"]["message"]
 
 
 async def test_errors_have_bodies_and_say_whether_to_try_again() -> None:
@@ -111,7 +165,7 @@ async def test_errors_have_bodies_and_say_whether_to_try_again() -> None:
         assert missing.json()["error"]["code"] == "not_found"
         assert missing.headers["x-should-retry"] == "false"
         wrong_method = await client.get("/echo")
-        assert wrong_method.status_code == 405
+        assert (wrong_method.status_code, wrong_method.headers["allow"]) == (405, "POST")
         bug = await client.get("/bug")
         assert bug.status_code == 500
         assert bug.json()["error"]["code"] == "internal"
