@@ -7,26 +7,38 @@ call. Every failure is an error body with the status of its code; a client that 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response as HttpResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from sagellm_control_plane import ControlPlaneManager
-from sagellm_core.answers import Answers
+from sagellm_core.answers import Answers, Observer
 from sagellm_core.engine_metrics import EngineCollector
-from sagellm_core.http import error_answer, install_error_handlers, unexpected_error
+from sagellm_core.http import install_error_handlers, unexpected_error
 from sagellm_core.version import __version__
 from sagellm_gateway.chat import ChatService
+from sagellm_gateway.documents import openapi_document
+from sagellm_gateway.errors import error_answer_for, error_body_for
+from sagellm_gateway.ledger import Ledger
+from sagellm_gateway.live_stats import LiveStats
+from sagellm_gateway.middleware import chain
+from sagellm_gateway.middleware.metrics import HttpFigures
+from sagellm_gateway.responses.store import ResponseStore
 from sagellm_gateway.routes import ROUTERS
-from sagellm_protocol import SageLLMError
+from sagellm_gateway.sessions import Sessions
+from sagellm_gateway.settings import GatewaySettings
+from sagellm_gateway.tracing import Tracing
+from sagellm_protocol import InvalidArgumentError, SageLLMError
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +51,74 @@ class Gateway(FastAPI):
     `default_model` answers requests that name no model or the model `default`; without it any engine does.
     """
 
-    def __init__(self, manager: ControlPlaneManager, *, default_model: str | None = None) -> None:
+    def __init__(
+        self,
+        manager: ControlPlaneManager,
+        *,
+        default_model: str | None = None,
+        settings: GatewaySettings | None = None,
+    ) -> None:
         super().__init__(title="sageLLM gateway", version=__version__, lifespan=_lifespan)
         self.manager = manager
+        self.settings = settings or GatewaySettings()
         self.default_model = default_model or "default"
         self.created = int(time.time())
-        self.collector = EngineCollector()
+        self.collector = EngineCollector(manager.model_of)
+        self.live_stats = LiveStats(manager)
         self.registry = CollectorRegistry()
         self.registry.register(self.collector)
-        self.answers = Answers(manager.execute_request, manager.stream_request, self.collector)
+        self.http_figures = HttpFigures()
+        self.registry.register(self.http_figures)
+        self.ledger = Ledger(manager, keep_prompts=self.settings.log.prompts)
+        observers: list[Observer] = [self.collector.observe, self.live_stats.observe, self.ledger.observe]
+        self.tracing = None if self.settings.tracing.endpoint is None else Tracing(self.settings.tracing)
+        if self.tracing is not None:
+            observers.append(self.tracing.observe)
+        self.answers = Answers(self.ledger.execute, self.ledger.stream, *observers)
+        self.sessions = Sessions(self.settings.sessions)
         self.chat = ChatService(self)
-        install_error_handlers(self)
+        self.responses = ResponseStore()
+        install_error_handlers(self, error_body_for)
         for router in ROUTERS:
             self.include_router(router)
+        self._routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
         self._direct: dict[tuple[str, str], Endpoint] = {
             (method, route.path): route.endpoint
-            for router in ROUTERS
-            for route in router.routes
-            if isinstance(route, APIRoute) and not route.param_convertors
+            for route in self._routes
+            if not route.param_convertors
             for method in route.methods or ()
         }
-        self._outermost: ASGIApp = self._dispatch
+        self.is_draining = False  # it takes no new work, see `drain`
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._outermost = chain(self._dispatch, self)
+
+    def route_of(self, scope: Scope) -> str:
+        """The path, with its variables unfilled, of the route that served a call; `other` where there was none."""
+        route = scope.get("route")
+        if route is not None:
+            return str(route.path)
+        return scope["path"] if (scope["method"], scope["path"]) in self._direct else "other"
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if not self.openapi_schema:
+            self.openapi_schema = openapi_document(self, ROUTERS)
+        return self.openapi_schema
+
+    def drain(self) -> None:
+        """Take no new work from now on; `/ready` says so, and what is in work ends as it would."""
+        self.is_draining = True
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let `work` run beside the calls, until the server stops."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._end_of_background)
+
+    def _end_of_background(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("work beside the calls failed", exc_info=task.exception())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI interface."""
@@ -72,29 +131,58 @@ class Gateway(FastAPI):
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._direct.get((scope["method"], scope["path"]))
         if endpoint is None:
-            await super().__call__(scope, receive, send)
-            return
-        response = await _answer(endpoint, HttpRequest(scope, receive, send))
+            allowed = self._methods_of(scope["path"])
+            if not allowed or scope["method"] in allowed:
+                await super().__call__(scope, receive, send)
+                return
+            response = _wrong_method(scope, allowed)
+        else:
+            response = await _answer(endpoint, HttpRequest(scope, receive, send))
         await response(scope, receive, send)
+
+    def _methods_of(self, path: str) -> list[str]:
+        """The methods of all routes for a path (routers know the first's alone); a name goes before a variable."""
+        matching = [route for route in self._routes if route.path_regex.match(path)]
+        named = [route for route in matching if not route.param_convertors]
+        return sorted({method for route in named or matching for method in route.methods or ()})
+
+
+def _wrong_method(scope: Scope, allowed: Sequence[str]) -> HttpResponse:
+    methods = ", ".join(allowed)
+    error = InvalidArgumentError(f"{scope['path']} takes {methods}, not {scope['method']}; correct the method")
+    response = error_answer_for(scope["path"], error, 405)
+    response.headers["Allow"] = methods
+    return response
 
 
 async def _answer(endpoint: Endpoint, http: HttpRequest) -> HttpResponse:
     try:
         return await endpoint(http)
     except SageLLMError as error:
-        return error_answer(error)
+        return error_answer_for(http.url.path, error)
     except Exception:
         logger.exception("%s %s failed", http.method, http.url.path)
-        return error_answer(unexpected_error())
+        return error_answer_for(http.url.path, unexpected_error())
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     assert isinstance(app, Gateway)
     async with app.manager:
-        yield
+        app.background(app.live_stats.run())
+        app.background(app.sessions.run())
+        try:
+            yield
+        finally:
+            for task in app.tasks:
+                task.cancel()
+            await app.sessions.close()
+            if app.tracing is not None:
+                await app.tracing.close()
 
 
-def create_app(manager: ControlPlaneManager, *, default_model: str | None = None) -> Gateway:
+def create_app(
+    manager: ControlPlaneManager, *, default_model: str | None = None, settings: GatewaySettings | None = None
+) -> Gateway:
     """A gateway in front of `manager`; see `Gateway`."""
-    return Gateway(manager, default_model=default_model)
+    return Gateway(manager, default_model=default_model, settings=settings)

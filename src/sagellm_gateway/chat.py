@@ -6,22 +6,17 @@ come in the order that `sagellm_gateway.pieces` names, and an error is raised wh
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sagellm_gateway.chat_plan import ChatPlanner
+from sagellm_gateway.choice_reader import ChoiceReader
 from sagellm_gateway.context import Caller
-from sagellm_gateway.pieces import Answer, AnswerEnd, AnswerStart, ChoiceEnd, Piece, TextPiece, collect
-from sagellm_protocol import (
-    FinishReason,
-    Request,
-    StreamEventDelta,
-    StreamEventEnd,
-    UnsupportedError,
-)
+from sagellm_gateway.pieces import Answer, AnswerEnd, AnswerStart, Piece, collect
+from sagellm_gateway.sessions.turns import answer_in_session, stream_in_session
+from sagellm_protocol import StreamEventDelta, StreamEventEnd
 from sagellm_protocol.openai import ChatCompletionRequest
-from sagellm_protocol.openai.chat import ChatFinishReason
-from sagellm_protocol.response import CompletionOutput
 
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
@@ -32,71 +27,43 @@ class ChatService:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._planner = ChatPlanner(gateway)
 
     async def answer(self, call: ChatCompletionRequest, caller: Caller) -> Answer:
         """The whole answer; the error of a request that failed is raised."""
-        response = (await self._gateway.answers.execute(_to_request(call, caller))).raise_for_error()
+        if call.session_id is not None:
+            return await answer_in_session(self._gateway, call, caller, self.answer)
+        plan = await self._planner.plan(call, caller)
+        response = (await self._gateway.answers.execute(plan.request)).raise_for_error()
         pieces: list[Piece] = []
         for output in response.outputs:
-            pieces.append(TextPiece(output.index, output.text, output.logprobs))
-            pieces.append(_choice_end(output))
+            reader = plan.reader(output.index)
+            pieces += reader.feed(output.text, output.logprobs)
+            pieces += reader.end(output)
         return collect([*pieces, AnswerEnd(response.usage, response.metrics)])
 
     async def stream(self, call: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[Piece, None]:
         """The pieces of the answer as they are made; an error is raised where it happens."""
-        async with aclosing(self._gateway.answers.stream(_to_request(call, caller))) as events:
+        if call.session_id is not None:
+            async with aclosing(stream_in_session(self._gateway, call, caller, self.stream)) as turn:
+                async for piece in turn:
+                    yield piece
+            return
+        plan = await self._planner.plan(call, caller)
+        readers: dict[int, ChoiceReader] = {}
+        async with aclosing(self._gateway.answers.stream(plan.request)) as events:
             async for event in events:
                 if isinstance(event, StreamEventDelta):
-                    yield TextPiece(event.index, event.chunk, event.logprobs)
+                    reader = readers.get(event.index) or readers.setdefault(event.index, plan.reader(event.index))
+                    pieces = reader.feed(event.chunk, event.logprobs)
                 elif isinstance(event, StreamEventEnd):
-                    for piece in _ends(event):
-                        yield piece
+                    if event.error is not None:
+                        raise event.error.to_exception()
+                    pieces = []
+                    for output in event.outputs:
+                        pieces += (readers.get(output.index) or plan.reader(output.index)).end(output)
+                    pieces.append(AnswerEnd(event.usage, event.metrics))
                 else:
-                    yield AnswerStart(event.prompt_tokens)
-
-
-def _ends(event: StreamEventEnd) -> Iterable[Piece]:
-    if event.error is not None:
-        raise event.error.to_exception()
-    for output in event.outputs:
-        yield _choice_end(output)
-    yield AnswerEnd(event.usage, event.metrics)
-
-
-def _choice_end(output: CompletionOutput) -> ChoiceEnd:
-    return ChoiceEnd(output.index, _FINISH_REASONS[output.finish_reason], output.stop_reason)
-
-
-_FINISH_REASONS: dict[FinishReason, ChatFinishReason] = {
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.ERROR: "error",
-    FinishReason.ABORT: "abort",
-}
-
-
-def _to_request(call: ChatCompletionRequest, caller: Caller) -> Request:
-    _refuse_unbuilt(call)
-    request = call.to_request()
-    changes: dict[str, Any] = {}
-    if call.request_id is None:
-        changes["request_id"] = caller.request_id
-    if caller.priority is not None and "priority" not in call.model_fields_set:
-        changes["priority"] = caller.priority
-    if caller.slo is not None:
-        changes["slo"] = caller.slo
-    return request.model_copy(update={"trace_id": caller.trace_id, **changes})
-
-
-def _refuse_unbuilt(call: ChatCompletionRequest) -> None:
-    """Raise `UnsupportedError` for what would change the answer and is not built."""
-    wanted = {
-        "tools": call.tools,
-        "tool_choice": call.tool_choice not in (None, "none", "auto"),
-        "parallel_tool_calls": call.parallel_tool_calls,
-        "response_format": call.response_format is not None and call.response_format.type != "text",
-        "reasoning_effort": call.reasoning_effort,
-    }
-    for field, is_wanted in wanted.items():
-        if is_wanted:
-            raise UnsupportedError(f"{field} is not supported: answers are plain text; leave it out", field=field)
+                    pieces = [AnswerStart(event.prompt_tokens)]
+                for piece in pieces:
+                    yield piece

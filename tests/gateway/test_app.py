@@ -98,15 +98,13 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
-        ({"tools": [TOOL]}, 501, "tools"),
-        ({"tools": [TOOL], "tool_choice": "none"}, 501, "tools"),
+        ({"tools": [TOOL]}, 400, "tools"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, 501, "response_format"),
-        ({"response_format": SCHEMA}, 501, "response_format"),
-        ({"reasoning_effort": "high"}, 501, "reasoning_effort"),
-        ({"parallel_tool_calls": True}, 501, "parallel_tool_calls"),
-        ({"session_id": "s"}, 501, "session_id"),
-        ({"lora": "a"}, 501, "lora"),
+        ({"response_format": SCHEMA, "guided_regex": "x"}, 400, "guided_regex"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+        ({"reasoning_effort": "high"}, 400, "reasoning_effort"),
+        ({"session_id": "s"}, 404, "session_id"),
+        ({"lora": "a"}, 400, "lora"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0].type"),
         ({"temperature": -1}, 400, "temperature"),
@@ -201,8 +199,8 @@ async def test_health_metrics_and_welcome(client: httpx.AsyncClient, engine: Fak
     await client.post(CHAT, json={"messages": HELLO, "max_tokens": 2})
     metrics = await client.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
-    assert 'sagellm_output_tokens_total{engine_id="fake"} 2.0' in metrics.text
-    assert 'sagellm_requests_running{engine_id="fake"} 0.0' in metrics.text
+    assert 'vllm:generation_tokens_total{engine="fake",model_name="m"} 2.0' in metrics.text
+    assert 'vllm:num_requests_running{engine="fake",model_name="m"} 0.0' in metrics.text
     welcome = (await client.get("/")).json()
     assert welcome["models"] == ["m"]
     answer = await client.post(welcome["example"]["url"], json={**welcome["example"]["body"], "max_tokens": 1})

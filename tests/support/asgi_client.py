@@ -18,7 +18,7 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         yield client
 
@@ -43,7 +43,7 @@ class LeavingClient:
         self.sent: list[dict[str, Any]] = []
         self._gone = asyncio.Event()
         self._requests = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-        scope = {
+        self.scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
@@ -52,11 +52,11 @@ class LeavingClient:
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"host", b"test")],
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
             "client": ("127.0.0.1", 1),
-            "server": ("test", 80),
+            "server": ("localhost", 80),
         }
-        self.done = asyncio.ensure_future(app(scope, self._receive, self._send))
+        self.done = asyncio.ensure_future(app(self.scope, self._receive, self._send))
 
     def leave(self) -> None:
         self._gone.set()

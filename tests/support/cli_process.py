@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
+SUPPORT = Path(__file__).resolve().parent
+SOURCE = SUPPORT.parents[1] / "src"
 START_TIMEOUT_S = 90.0
 
 
@@ -51,9 +52,9 @@ class Cli:
 
 def environment(home: Path, **further: str) -> dict[str, str]:
     """An environment for a process: this source tree, no configuration, no hub, one thread."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SAGELLM_", "HF_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SAGELLM_", "HF_", "XDG_"))}
     settings = {
-        "PYTHONPATH": str(SOURCE),
+        "PYTHONPATH": os.pathsep.join((str(SOURCE), str(SUPPORT))),
         "HOME": str(home),
         "HF_HOME": str(home / "hf"),
         "HF_HUB_OFFLINE": "1",
@@ -97,7 +98,7 @@ class ServerProcess:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
-            found = re.search(r"at (http://[^/\s]+)", line)
+            found = re.search(r"at (https?://[^/\s]+)", line)
             if found:
                 self.url = found.group(1)
                 self._has_url.set()

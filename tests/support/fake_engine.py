@@ -1,13 +1,14 @@
 """An engine without a model, for tests of what stands above engines: control plane, gateway, servers.
 
 It answers with the words `w0 w1 ...`, one token each, at once. The prompt says when it should do something else:
-`wait` holds the request until `gate` is set, `fail` ends it with an error, `refuse` raises as for a wrong request.
+`wait` holds the request until `gate` is set, `slow` takes 50 ms a word, `fail` ends it with an error, `refuse` raises
+as for a wrong request.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -19,6 +20,7 @@ from sagellm_protocol import (
     InternalError,
     InvalidArgumentError,
     Metrics,
+    ModelDescription,
     NotFoundError,
     Request,
     Response,
@@ -26,6 +28,7 @@ from sagellm_protocol import (
     StreamEventDelta,
     StreamEventEnd,
     StreamEventStart,
+    TokenizeRequest,
     TokenLogprob,
     TopLogprob,
     UnavailableError,
@@ -44,6 +47,8 @@ class FakeEngine:
         self.start_gate.set()
         self.fail_start = fail_start
         self.num_starts = 0
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
         self.is_running = False
         self.requests: list[Request] = []
         self.running: set[str] = set()
@@ -87,6 +92,7 @@ class FakeEngine:
         names = {"request_id": request.request_id, "trace_id": request.trace_id, "engine_id": self.engine_id}
         done = False
         try:
+            self.num_prompt_tokens += len(prompt.split())
             yield StreamEventStart(prompt_tokens=len(prompt.split()), **names)
             if prompt == "wait":
                 await _first_of(self.gate, aborted)
@@ -94,9 +100,10 @@ class FakeEngine:
             words = [] if prompt == "fail" or aborted.is_set() else [f"w{i} " for i in range(sampling.max_tokens)]
             for i, word in enumerate(words):
                 for index in range(sampling.n):
+                    self.num_output_tokens += 1
                     logprobs = None if sampling.logprobs is None else [_logprob(i, word)]
                     yield StreamEventDelta(chunk=word, chunk_tokens=[i], index=index, logprobs=logprobs, **names)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.05 if prompt == "slow" else 0)
             done = True
             yield StreamEventEnd.of(self._response(request, words, prompt, aborted.is_set(), names))
         finally:
@@ -140,7 +147,39 @@ class FakeEngine:
         return self.is_running
 
     async def stats(self) -> EngineStats:
-        return EngineStats(len(self.running), 0, 8, 8, 0.0, 1, 0, 0, 0, 0)
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=0,
+            num_blocks=8,
+            num_free_blocks=8,
+            kv_usage=0.0,
+            num_steps=1,
+            num_preemptions=0,
+            prefix_query_tokens=0,
+            prefix_hit_tokens=0,
+            evict_count=0,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
+            block_size=16,
+        )
+
+    async def reset_prefix_cache(self) -> bool:
+        return not self.running
+
+    async def describe_model(self) -> ModelDescription:
+        return ModelDescription(
+            model=self.config.model_path, vocab_size=1000, hidden_size=4, max_model_len=self.config.max_model_len
+        )
+
+    async def tokenize(self, request: TokenizeRequest, /) -> list[int]:
+        text = request.prompt or " ".join(message.text for message in request.messages or ())
+        return list(range(len(text.split())))
+
+    async def detokenize(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = False) -> str:
+        return "".join(await self.token_texts(token_ids))
+
+    async def token_texts(self, token_ids: Sequence[int], /) -> list[str]:
+        return [f"w{token_id} " for token_id in token_ids]
 
     def get_info(self) -> dict[str, Any]:
         return {"engine_id": self.engine_id, "model": self.config.model_path}

@@ -35,6 +35,10 @@ def process(logits: NDArray[np.float32], row: SamplingRow) -> Row:
     for token_id in set(row.output_token_ids):
         count = list(row.output_token_ids).count(token_id)
         out[token_id] -= row.sampling.frequency_penalty * count + row.sampling.presence_penalty
+    if row.mask is not None:
+        for token_id in range(len(out)):
+            if not row.mask[token_id // 32] >> token_id % 32 & 1:
+                out[token_id] = -np.inf
     return out
 
 

@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
-from sagellm_gateway.routes import chat, completions, info, models
+from sagellm_gateway.routes import (
+    admin,
+    anthropic,
+    chat,
+    completions,
+    info,
+    models,
+    ollama,
+    page,
+    responses,
+    sessions,
+    tokenize,
+)
 
-ROUTERS = (chat.router, completions.router, models.router, info.router)
+ROUTERS = (
+    chat.router,
+    ollama.router,
+    anthropic.router,
+    responses.router,
+    completions.router,
+    tokenize.router,
+    models.router,
+    info.router,
+    admin.router,
+    sessions.router,
+    page.router,
+)

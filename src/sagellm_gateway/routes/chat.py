@@ -14,15 +14,21 @@ from sagellm_gateway.body import read_call
 from sagellm_gateway.chat import ChatService
 from sagellm_gateway.chat_render import ChunkWriter, answer_body
 from sagellm_gateway.context import Caller, caller_of, gateway_of
-from sagellm_protocol.openai import ChatCompletionRequest
+from sagellm_gateway.documents import EVENTS, GENERATION, described
+from sagellm_protocol.openai import ChatCompletion, ChatCompletionRequest
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions", response_model=None)
+@described(body=ChatCompletionRequest, answer=ChatCompletion, also=EVENTS, fails=GENERATION)
 async def chat_completions(http: HttpRequest) -> HttpResponse:
     """Answer a conversation."""
-    call = await read_call(http, ChatCompletionRequest, what="chat completion request")
+    return await answer_chat(http, await read_call(http, ChatCompletionRequest, what="chat completion request"))
+
+
+async def answer_chat(http: HttpRequest, call: ChatCompletionRequest) -> HttpResponse:
+    """The answer to `call`, whole or streamed as it asks."""
     chat, caller = gateway_of(http).chat, caller_of(http)
     if call.stream:
         return await start_event_stream(http, _messages(chat, call, caller))

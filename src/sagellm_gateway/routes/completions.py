@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse
 from fastapi.responses import Response as HttpResponse
 
 from sagellm_core.answers import answer_completion, read_prompts, stream_completion
 from sagellm_core.http import start_event_stream, while_connected
 from sagellm_gateway.body import read_call
-from sagellm_gateway.context import gateway_of
-from sagellm_protocol.openai import CompletionRequest
-from sagellm_protocol.openai.render import to_body
+from sagellm_gateway.calls import for_caller
+from sagellm_gateway.context import caller_of, gateway_of
+from sagellm_gateway.documents import EVENTS, GENERATION, described
+from sagellm_protocol.openai import Completion, CompletionRequest
 
 router = APIRouter()
 
 
 @router.post("/v1/completions", response_model=None)
+@described(body=CompletionRequest, answer=Completion, also=EVENTS, fails=GENERATION)
 async def completions(http: HttpRequest) -> HttpResponse:
     """Continue one or several prompts."""
     call = await read_call(http, CompletionRequest, what="completion request")
-    answers = gateway_of(http).answers
+    answers, caller = gateway_of(http).answers, caller_of(http)
     prompts = read_prompts(call)
+    requests = [for_caller(request, caller, named=call.request_id is not None) for request in call.to_requests()]
     if call.stream:
-        return await start_event_stream(http, stream_completion(answers, call, prompts))
-    return JSONResponse(to_body(await while_connected(http, answer_completion(answers, call, prompts))))
+        return await start_event_stream(http, stream_completion(answers, call, requests, prompts))
+    body = await while_connected(http, answer_completion(answers, call, requests, prompts))
+    return HttpResponse(body, media_type="application/json")

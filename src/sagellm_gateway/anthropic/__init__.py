@@ -1,0 +1,1 @@
+"""Anthropic's Messages API: its types, their translation into chat requests, and its events."""

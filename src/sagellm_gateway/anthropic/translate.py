@@ -1,0 +1,173 @@
+"""From a request for a message to a chat request.
+
+A user's message with tool results becomes one `tool` message each, then the rest. Blocks of text are paragraphs. The
+last message may be the beginning of the answer, which the model then continues.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from sagellm_gateway.anthropic.types import (
+    Block,
+    CountTokensRequest,
+    Message,
+    MessagesRequest,
+    TextBlock,
+    Texts,
+    ThinkingBlock,
+    ToolDefinition,
+    ToolResultBlock,
+    ToolUseBlock,
+)
+from sagellm_protocol import InvalidArgumentError
+from sagellm_protocol.messages import ChatMessage, FunctionCall, FunctionDefinition, Tool, ToolCall
+from sagellm_protocol.openai import (
+    ChatCompletionRequest,
+    JsonSchemaFormat,
+    NamedToolChoice,
+    ResponseFormat,
+    ToolChoiceFunction,
+)
+
+# Marks a result that is an error, for which chat templates have no place.
+_ERROR_MARK = "Error: "
+
+
+def to_chat(call: MessagesRequest) -> ChatCompletionRequest:
+    """The chat request for `call`; raises `InvalidArgumentError` that names the field of `call`."""
+    fields: dict[str, Any] = {
+        "model": call.model,
+        "messages": to_messages(call),
+        "max_completion_tokens": call.max_tokens,
+        "temperature": call.temperature,
+        "top_p": call.top_p,
+        "top_k": call.top_k,
+        "stop": call.stop_sequences or None,
+        "stream": call.stream,
+        "user": None if call.metadata is None else call.metadata.user_id,
+        "response_format": _response_format(call),
+        "reasoning_effort": None if call.output_config is None else call.output_config.effort,
+        "chat_template_kwargs": template_options(call),
+        **_tools(call),
+    }
+    return ChatCompletionRequest(**{name: value for name, value in fields.items() if value is not None})
+
+
+def to_messages(call: MessagesRequest | CountTokensRequest) -> list[ChatMessage]:
+    """The conversation."""
+    messages = []
+    if call.system:
+        messages.append(ChatMessage(role="system", content=_joined(call.system)))
+    for message in call.messages:
+        messages += _assistant(message) if message.role == "assistant" else _other(message)
+    return messages
+
+
+def to_tools(call: MessagesRequest | CountTokensRequest) -> list[Tool] | None:
+    """The tools that the prompt describes."""
+    if not call.tools or (call.tool_choice is not None and call.tool_choice.type == "none"):
+        return None
+    return [_tool(tool) for tool in call.tools]
+
+
+def template_options(call: MessagesRequest | CountTokensRequest) -> dict[str, Any]:
+    """Variables of the chat template: no thinking unless it is asked for; an answer that has begun goes on."""
+    options: dict[str, Any] = {"enable_thinking": call.thinking is not None and call.thinking.is_on}
+    last = call.messages[-1]
+    if last.role == "assistant":
+        is_text = isinstance(last.content, str) or all(isinstance(block, TextBlock) for block in last.content)
+        if not is_text:
+            raise InvalidArgumentError(
+                "messages: the last message is the beginning of the answer and may only hold text; "
+                "add the tool results or leave it out",
+                field=f"messages[{len(call.messages) - 1}].content",
+            )
+        options |= {"continue_final_message": True, "add_generation_prompt": False}
+    return options
+
+
+# ---- messages -----------------------------------------------------------------------------------------
+
+
+def _other(message: Message) -> list[ChatMessage]:
+    if isinstance(message.content, str):
+        return [ChatMessage(role=message.role, content=message.content)]
+    messages = [_tool_message(block) for block in message.content if isinstance(block, ToolResultBlock)]
+    texts = [block for block in message.content if isinstance(block, TextBlock)]
+    if texts or not messages:
+        messages.append(ChatMessage(role=message.role, content=_joined(texts)))
+    return messages
+
+
+def _tool_message(block: ToolResultBlock) -> ChatMessage:
+    text = _joined(block.content)
+    return ChatMessage(
+        role="tool", content=_ERROR_MARK + text if block.is_error else text, tool_call_id=block.tool_use_id
+    )
+
+
+def _assistant(message: Message) -> list[ChatMessage]:
+    if isinstance(message.content, str):
+        return [ChatMessage(role="assistant", content=message.content)]
+    calls = [_call(block) for block in message.content if isinstance(block, ToolUseBlock)]
+    thoughts = [block.thinking for block in message.content if isinstance(block, ThinkingBlock)]
+    return [
+        ChatMessage(
+            role="assistant",
+            content="".join(block.text for block in message.content if isinstance(block, TextBlock)),
+            reasoning_content="".join(thoughts) or None,
+            tool_calls=calls or None,
+        )
+    ]
+
+
+def _call(block: ToolUseBlock) -> ToolCall:
+    arguments = json.dumps(block.input, ensure_ascii=False)
+    return ToolCall(id=block.id, function=FunctionCall(name=block.name, arguments=arguments))
+
+
+def _joined(texts: Texts | Iterable[Block]) -> str:
+    if isinstance(texts, str):
+        return texts
+    return "\n\n".join(block.text for block in texts if isinstance(block, TextBlock))
+
+
+# ---- tools and format ---------------------------------------------------------------------------------
+
+
+def _tools(call: MessagesRequest) -> dict[str, Any]:
+    tools, choice = to_tools(call), call.tool_choice
+    if choice is None:
+        return {"tools": tools}
+    names = [tool.name for tool in call.tools or ()]
+    if choice.type in ("any", "tool") and not names:
+        raise InvalidArgumentError("tool_choice needs tools; give tools or leave tool_choice out", field="tool_choice")
+    if choice.name is not None and choice.name not in names:
+        raise InvalidArgumentError(
+            f"tool_choice.name is {choice.name!r}, which is not in tools; use one of {', '.join(names)}",
+            field="tool_choice.name",
+        )
+    if not tools:
+        return {}
+    chosen: Any = {"auto": "auto", "any": "required"}.get(choice.type)
+    if choice.name is not None:
+        chosen = NamedToolChoice(function=ToolChoiceFunction(name=choice.name))
+    parallel = None if choice.disable_parallel_tool_use is None else not choice.disable_parallel_tool_use
+    return {"tools": tools, "tool_choice": chosen, "parallel_tool_calls": parallel}
+
+
+def _tool(tool: ToolDefinition) -> Tool:
+    definition = FunctionDefinition(
+        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+    )
+    return Tool(function=definition)
+
+
+def _response_format(call: MessagesRequest) -> ResponseFormat | None:
+    wanted = None if call.output_config is None else call.output_config.format
+    if wanted is None:
+        return None
+    return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=wanted.schema_))

@@ -1,0 +1,205 @@
+"""How a chat request is carried out: the engine's request, the form its text must have, and who reads that text.
+
+A model's chat template says how it writes tool calls and thoughts. `tool_choice` decides what is demanded: `auto`
+leaves the text free (and holds strict tools to their schemas once a call begins), `required` and a named function
+force at least one call. What a model's template cannot do is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sagellm_gateway import reasoning, tool_formats
+from sagellm_gateway.calls import for_caller
+from sagellm_gateway.choice_reader import ChoiceReader
+from sagellm_gateway.context import Caller
+from sagellm_gateway.reasoning import ReasoningFormat
+from sagellm_gateway.tool_formats import ToolFormat
+from sagellm_protocol import (
+    ChatMessage,
+    InvalidArgumentError,
+    ModelDescription,
+    Request,
+    StructuredOutput,
+    Tool,
+    UnsupportedError,
+)
+from sagellm_protocol.openai import ChatCompletionRequest, NamedToolChoice
+
+if TYPE_CHECKING:
+    from sagellm_gateway.app import Gateway
+
+_NO_THOUGHT = ("none", "minimal")
+_SWITCH = "enable_thinking"  # the variable of Qwen3's, SmolLM3's and others' templates
+_EFFORT = "reasoning_effort"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFormats:
+    """What a model's chat template tells of its notation."""
+
+    tools: ToolFormat
+    reasoning: ReasoningFormat | None
+    knows_tools: bool  # the template shows the model its tools
+    has_switch: bool  # the template can switch thoughts off
+    has_effort: bool
+
+
+@lru_cache(maxsize=64)
+def formats_of(chat_template: str | None) -> ModelFormats:
+    """The formats of a template's family."""
+    text = chat_template or ""
+    return ModelFormats(
+        tool_formats.for_template(chat_template),
+        reasoning.for_template(chat_template),
+        knows_tools="tools" in text,
+        has_switch=_SWITCH in text,
+        has_effort=_EFFORT in text,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPlan:
+    """A request on its way, and how its answer is read."""
+
+    request: Request
+    formats: ModelFormats
+    tools: Sequence[Tool]  # that the text may call
+    opens_thought: bool = False
+    one_call: bool = False
+    is_named: bool = False
+
+    def reader(self, index: int) -> ChoiceReader:
+        """A reader for the text of one choice."""
+        thoughts = self.formats.reasoning
+        return ChoiceReader(
+            index,
+            reasoning=None if thoughts is None else thoughts.parser(index, self.opens_thought),
+            tools=self.formats.tools.parser(index, list(self.tools)) if self.tools else None,
+            one_call=self.one_call,
+            reports_calls=not self.is_named,
+        )
+
+
+class ChatPlanner:
+    """Makes plans through the gateway's control plane."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._opening: dict[tuple[str, str], bool] = {}
+
+    async def plan(self, call: ChatCompletionRequest, caller: Caller) -> ChatPlan:
+        """Raises `InvalidArgumentError` or `UnsupportedError` for what cannot be done, naming the field."""
+        model = await self._gateway.manager.describe_model(call.model)
+        formats = formats_of(model.chat_template)
+        tools = _tools_of(call)
+        request = for_caller(call.to_request(), caller, named=call.request_id is not None)
+        changes: dict[str, Any] = {}
+        form = _form_of(call, formats, tools, request.structured_output)
+        variables = _variables(call, formats, is_formed=form is not None)
+        if variables != call.chat_template_kwargs:
+            changes["chat_template_kwargs"] = variables
+        opens = formats.reasoning is not None and await self._opens_thought(model, formats.reasoning, variables)
+        if _shows_marks(formats, tools) and request.sampling_params is not None:
+            changes["sampling_params"] = request.sampling_params.replace(skip_special_tokens=False)
+        if form is not None:
+            changes["structured_output"] = form
+            if opens and formats.reasoning is not None:
+                changes["structured_output"] = _after_thought(formats.reasoning, form)
+        return ChatPlan(
+            request.model_copy(update=changes),
+            formats,
+            tools,
+            opens_thought=opens,
+            one_call=call.parallel_tool_calls is False,
+            is_named=isinstance(call.tool_choice, NamedToolChoice),
+        )
+
+    async def _opens_thought(
+        self, model: ModelDescription, thoughts: ReasoningFormat, variables: dict[str, Any] | None
+    ) -> bool:
+        """Whether the prompt that the template renders ends within a thought; asked once for each set of variables."""
+        key = (model.model, json.dumps(variables, sort_keys=True))
+        if key not in self._opening:
+            manager = self._gateway.manager
+            probe = [ChatMessage(role="user", content="Hello")]
+            token_ids = await manager.tokenize(model.model, messages=probe, chat_template_kwargs=variables)
+            if len(self._opening) >= _MAX_PROBES:
+                self._opening.clear()
+            self._opening[key] = thoughts.is_open(await manager.detokenize(model.model, token_ids))
+        return self._opening[key]
+
+
+_MAX_PROBES = 256
+
+
+def _shows_marks(formats: ModelFormats, tools: Sequence[Tool]) -> bool:
+    """Whether the text must keep its special tokens, because they are what a parser looks for."""
+    thoughts = formats.reasoning
+    return (bool(tools) and formats.tools.marks_are_special) or (thoughts is not None and thoughts.marks_are_special)
+
+
+def _after_thought(thoughts: ReasoningFormat, form: StructuredOutput) -> StructuredOutput:
+    joined = thoughts.after_thought(form)
+    if joined is None:
+        raise UnsupportedError(
+            "this model always thinks before it answers, which this grammar leaves no room for; use a grammar whose "
+            "first rule is start, or another model",
+            field="response_format",
+        )
+    return joined
+
+
+def _tools_of(call: ChatCompletionRequest) -> list[Tool]:
+    return [] if call.tool_choice == "none" else list(call.tools or ())
+
+
+def _form_of(
+    call: ChatCompletionRequest, formats: ModelFormats, tools: list[Tool], form: StructuredOutput | None
+) -> StructuredOutput | None:
+    """The form of the text: that of the calls it must hold, or what the request asks for."""
+    if not tools:
+        return form
+    parallel = call.parallel_tool_calls is not False
+    if call.tool_choice == "required":
+        return formats.tools.grammar(tools, only=None, parallel=parallel)
+    if isinstance(call.tool_choice, NamedToolChoice):
+        return formats.tools.grammar(tools, only=call.tool_choice.function.name, parallel=parallel)
+    if not formats.knows_tools:
+        raise UnsupportedError(
+            f"tools are not supported by {call.model}: its chat template has no place for them; "
+            "set tool_choice to 'required', leave tools out, or use another model",
+            field="tools",
+        )
+    if form is not None:
+        raise InvalidArgumentError(
+            "response_format and tools with tool_choice 'auto' exclude each other, because a call is no such answer; "
+            "set tool_choice to 'none' or 'required', or leave response_format out",
+            field="response_format",
+        )
+    if any(tool.function.strict for tool in tools):
+        return formats.tools.lazy_grammar(tools, parallel=parallel)
+    return None
+
+
+def _variables(call: ChatCompletionRequest, formats: ModelFormats, *, is_formed: bool) -> dict[str, Any] | None:
+    """The template's variables: a form leaves no room for thoughts, where the template can do without them."""
+    given = dict(call.chat_template_kwargs or {})
+    effort = call.reasoning_effort
+    if effort is not None:
+        if formats.has_effort:
+            given.setdefault(_EFFORT, effort)
+        elif formats.has_switch:
+            given.setdefault(_SWITCH, effort not in _NO_THOUGHT)
+        elif effort not in _NO_THOUGHT:
+            raise UnsupportedError(
+                f"reasoning_effort is not supported: {call.model} does not think before it answers; leave it out",
+                field="reasoning_effort",
+            )
+    if is_formed and formats.has_switch:
+        given.setdefault(_SWITCH, False)
+    return given or None

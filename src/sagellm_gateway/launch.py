@@ -1,0 +1,119 @@
+"""A gateway from its command line: a plan of flags and file, engines that load, the panel, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from sagellm_control_plane import ControlPlaneManager, EngineState
+from sagellm_control_plane.engines import Engine
+from sagellm_control_plane.manager import local_engine
+from sagellm_core.command import print_quietly
+from sagellm_core.config import BackendConfig, EngineConfig, LLMEngineConfig
+from sagellm_core.server_panel import ServerPanel, engine_rows, url_to_call
+from sagellm_core.server_registry import registered
+from sagellm_gateway.app import Gateway
+from sagellm_gateway.config_file import ControlPlaneSettings, read_gateway_file
+from sagellm_gateway.options import EnginesFlags, ServerFlags
+from sagellm_gateway.serving import run_gateway
+from sagellm_gateway.settings import GatewaySettings, is_loopback, parse_settings
+from sagellm_protocol import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a gateway is to run; its first engine's model answers calls that name none, unless it says otherwise."""
+
+    settings: GatewaySettings
+    engines: Sequence[EngineConfig]
+    backend: BackendConfig
+    control_plane: ControlPlaneSettings
+    default_model: str | None = None
+    name: str | None = None  # for `sage-llm stop`
+
+
+def make_plan(engines: EnginesFlags, server: ServerFlags, *, backend: BackendConfig, engine: EngineConfig) -> Plan:
+    """The plan of a command line; `engine` on `backend` is served where it names neither a file nor a model.
+
+    Raises `InvalidArgumentError` that names flag or file, line and field.
+    """
+    policies = {"scheduling_policy": engines.scheduling_policy, "routing_policy": engines.routing_policy}
+    given: dict[str, Any] = {name: value for name, value in policies.items() if value is not None}
+    if engines.config is None:
+        models = [EngineConfig(model=model) for model in engines.model or []]
+        return Plan(
+            settings=parse_settings(server.over({}), what="command line"),
+            engines=models or [engine],
+            backend=backend if engines.backend is None else BackendConfig(kind=engines.backend),
+            control_plane=ControlPlaneSettings(**given),
+            name=server.name,
+        )
+    if engines.model or engines.backend:
+        flag = "model" if engines.model else "backend"
+        raise InvalidArgumentError(f"--{flag} and --config exclude each other; write it into {engines.config}")
+    file, sections = read_gateway_file(engines.config)
+    return Plan(
+        settings=parse_settings(server.over(sections), what=str(engines.config)),
+        engines=file.engines,
+        backend=file.backend,
+        control_plane=ControlPlaneSettings(**{**file.control_plane.given(), **given}),
+        default_model=file.default_model,
+        name=server.name,
+    )
+
+
+def launch(plan: Plan, *, make_engine: Callable[[LLMEngineConfig], Engine] = local_engine) -> None:
+    """Load the plan's engines and serve them until Ctrl-C or SIGTERM."""
+    manager = ControlPlaneManager(
+        backend_config=plan.backend,
+        engine_configs=plan.engines,
+        make_engine=make_engine,
+        **plan.control_plane.model_dump(),
+    )
+    models = list(dict.fromkeys(engine.model for engine in plan.engines))
+    gateway = Gateway(manager, default_model=plan.default_model or models[0], settings=plan.settings)
+    with ExitStack() as stack:
+
+        def announce(url: str) -> None:
+            call = url_to_call(url)
+            name = stack.enter_context(registered(kind="gateway", url=call, models=models, name=plan.name))
+            panel(gateway, models, call, name).show()
+
+        print_quietly(f"Loading {', '.join(models)} …")
+        run_gateway(gateway, announce=announce)
+    print_quietly("Stopped.")
+
+
+def panel(gateway: Gateway, models: Sequence[str], url: str, name: str | None) -> ServerPanel:
+    """What to say of a gateway that is ready; `name` is how `sage-llm stop` calls it."""
+    settings, manager = gateway.settings, gateway.manager
+    ready = [info.engine_id for info in manager.list_engines() if info.state is EngineState.READY]
+    failed = [(info.model, f"not loaded: {info.error}") for info in manager.list_engines() if info.error is not None]
+    body = '{"messages": [{"role": "user", "content": "Hello"}]}'
+    key = ' -H "Authorization: Bearer $SAGELLM_API_KEY"' if settings.auth.keys else ""
+    insecure = " -k" if settings.server.tls_cert is not None else ""
+    return ServerPanel(
+        models=models,
+        url=f"{url}/v1",
+        rows=[
+            *engine_rows([_described(manager, engine_id) for engine_id in ready]),
+            *failed,
+            ("keys", _key_state(settings)),
+            ("stop", "Ctrl-C" if name is None else f"Ctrl-C, or sage-llm stop {name}"),
+        ],
+        example=f"curl{insecure} {url}/v1/chat/completions{key} -d '{body}'",
+    )
+
+
+def _described(manager: ControlPlaneManager, engine_id: str) -> dict[str, Any]:
+    """What the engine says of itself, under the name that clients ask for."""
+    return {**manager.get_engine_details(engine_id), "model": manager.get_engine(engine_id).model}
+
+
+def _key_state(settings: GatewaySettings) -> str:
+    keys, host = settings.auth.keys, settings.server.host
+    if keys:
+        return f"{len(keys)} {'key' if len(keys) == 1 else 'keys'}; calls need one"
+    return "none needed; only this machine can call" if is_loopback(host) else "none needed; everybody can call"

@@ -1,0 +1,137 @@
+"""Who may call: holders of a key. Without any keys, everybody who can reach the gateway, but no other site's web page.
+
+A key comes as `Authorization: Bearer KEY` or `x-api-key: KEY` and is compared by its hash, in constant time. Open
+without one are health, readiness, version, the page's own files and the API's documents; `/metrics` where configured.
+
+A gateway without keys would do what any web page in a browser on the same machine tells it (cross-site requests, DNS
+rebinding). So it refuses requests that a page of another origin sent, and, on loopback, those by a name not its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sagellm_gateway.context import CALLER, Caller
+from sagellm_gateway.settings import GatewaySettings, is_loopback
+from sagellm_protocol import InvalidArgumentError, PermissionDeniedError, UnauthenticatedError
+
+if TYPE_CHECKING:
+    from sagellm_gateway.app import Gateway
+    from sagellm_gateway.keys import ApiKey
+
+_OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/docs", "/redoc", "/openapi.json", "/favicon.ico"})
+_OPEN_PREFIXES = ("/page/", "/docs/")
+_BEARER = b"bearer "
+
+
+class KeyCheck:
+    """Lets holders of a key through; see the module."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app = app
+        auth = gateway.settings.auth
+        self._keys = {bytes.fromhex(key.hash.removeprefix("sha256:")): key for key in auth.keys}
+        self._open_paths = _OPEN_PATHS | ({"/metrics"} if auth.open_metrics else set())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI interface."""
+        sent = _sent_key(scope["headers"])
+        # A key that is sent counts on open paths, too; a wrong one is never ignored elsewhere.
+        if sent is not None or not self._is_open(scope["path"]):
+            key = self._find(sent)
+            caller: Caller = scope[CALLER]
+            caller.key_name, caller.is_admin, caller.limits = key.name, key.admin, key.limits
+        await self._app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self._open_paths or path.startswith(_OPEN_PREFIXES)
+
+    def _find(self, sent: bytes | None) -> ApiKey:
+        if sent is None:
+            raise UnauthenticatedError("an API key is required; send it as `Authorization: Bearer KEY`")
+        digest = hashlib.sha256(sent).digest()
+        key = self._keys.get(digest)
+        # The table is found by a hash that nobody can steer; what decides takes the same time for every key.
+        known = digest if key is None else bytes.fromhex(key.hash.removeprefix("sha256:"))
+        if key is None or not hmac.compare_digest(digest, known):
+            raise UnauthenticatedError("the API key is not known; check it, or ask the operator for a new one")
+        return key
+
+
+def _sent_key(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+    for name, value in headers:
+        if name == b"authorization" and value[:7].lower() == _BEARER:
+            return value[7:].strip()
+        if name == b"x-api-key":
+            return value.strip()
+    return None
+
+
+class OriginCheck:
+    """Keeps other sites' pages out of a gateway without keys; see the module."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app = app
+        settings = gateway.settings
+        self._origins = frozenset(origin.encode().lower() for origin in settings.cors.allow_origins)
+        self._hosts: frozenset[str] | None = None
+        if is_loopback(settings.server.host):
+            self._hosts = frozenset(name.lower() for name in ("localhost", *settings.server.allowed_hosts))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI interface."""
+        host = origin = b""
+        for name, value in scope["headers"]:
+            if name == b"host":
+                host = value
+            elif name == b"origin":
+                origin = value
+        if self._hosts is not None and not _is_own_host(host, self._hosts):
+            raise PermissionDeniedError(
+                "this gateway has no keys and answers its own machine alone: call it by localhost or its address, "
+                "or add the name to server.allowed_hosts",
+                field="host",
+            )
+        if origin and not self._may_call(origin.lower(), host.lower()):
+            raise PermissionDeniedError(
+                "web pages of other origins may not call this gateway; add the origin to cors.allow_origins",
+                field="origin",
+            )
+        await self._app(scope, receive, send)
+
+    def _may_call(self, origin: bytes, host: bytes) -> bool:
+        scheme, _, name = origin.partition(b"://")
+        # Applications such as editors have schemes of their own, which no web page can take.
+        is_page = scheme in (b"http", b"https", b"null")
+        return not is_page or name == host or origin in self._origins or b"*" in self._origins
+
+
+@lru_cache(maxsize=1024)
+def _is_own_host(host: bytes, names: frozenset[str]) -> bool:
+    """Whether a Host header cannot be a stranger's name: an address, or a name without dots, which is no domain's."""
+    text = host.decode("latin-1").lower()
+    name = text.rpartition(":")[0] if ":" in text and not text.endswith("]") else text
+    if "." not in name or name in names or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def check_exposure(settings: GatewaySettings) -> None:
+    """Raise `InvalidArgumentError` where a gateway that needs no key would listen beyond this machine."""
+    if settings.auth.keys or settings.auth.allow_no_key or is_loopback(settings.server.host):
+        return
+    raise InvalidArgumentError(
+        f"{settings.server.host} can be reached from other machines, but no API key is needed: make one with "
+        "`sage-llm key new NAME` (or set SAGELLM_API_KEY), listen on 127.0.0.1, or allow it with auth.allow_no_key",
+        field="auth.keys",
+    )

@@ -1,0 +1,61 @@
+"""How much: requests a minute and requests in work, of each key and of all; and what answers say of the limits.
+
+Counts what makes work: every POST but those of `/admin`. Tokens are counted by `Ledger`, which has the request. Answers
+carry OpenAI's `x-ratelimit-limit-*`, `-remaining-*` and `-reset-*` for requests and tokens, of the key's own limits or,
+where it has none, of those of all together. A refusal says in `Retry-After` when the next try can succeed. A server
+that shuts down takes no new work.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sagellm_gateway.context import CALLER, Caller
+from sagellm_gateway.rates import Meter
+from sagellm_protocol import UnavailableError
+
+if TYPE_CHECKING:
+    from sagellm_gateway.app import Gateway
+
+
+class RateCheck:
+    """See the module."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app = app
+        self._gateway = gateway
+        limits = gateway.settings.limits
+        self._per_key = limits.per_key
+        self._total = Meter(limits.total, "all callers together", is_total=True)
+        self._meters: dict[str | None, Meter] = {}  # of each key that has called
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI interface."""
+        if scope["method"] != "POST" or scope["path"].startswith("/admin/"):
+            await self._app(scope, receive, send)
+            return
+        caller: Caller = scope[CALLER]
+        own, total = self._meter_of(caller), self._total
+        caller.meters = tuple(meter for meter in (own, total) if meter.tokens is not None)
+        caller.windows = (own.requests or total.requests, own.tokens or total.tokens)
+        if self._gateway.is_draining:
+            caller.answer_headers.append((b"connection", b"close"))
+            raise UnavailableError("this server is shutting down; send the request again, to another one")
+        own.check()
+        total.check()
+        own.enter()
+        total.enter()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            own.leave()
+            total.leave()
+
+    def _meter_of(self, caller: Caller) -> Meter:
+        meter = self._meters.get(caller.key_name)
+        if meter is None:
+            who = "a caller" if caller.key_name is None else f"the key {caller.key_name!r}"
+            meter = self._meters[caller.key_name] = Meter(caller.limits or self._per_key, who)
+        return meter

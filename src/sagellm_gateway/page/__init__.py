@@ -1,0 +1,1 @@
+"""The web page's files; `routes/page.py` serves them."""

@@ -1,0 +1,57 @@
+"""`/v1/messages`: Anthropic's API."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse
+from fastapi.responses import Response as HttpResponse
+
+from sagellm_core.http import start_event_stream, while_connected
+from sagellm_gateway.anthropic.render import EventWriter, message_body
+from sagellm_gateway.anthropic.translate import template_options, to_chat, to_messages, to_tools
+from sagellm_gateway.anthropic.types import CountTokensRequest, MessagesRequest
+from sagellm_gateway.body import read_call
+from sagellm_gateway.context import Caller, caller_of, gateway_of
+from sagellm_gateway.documents import EVENTS, GENERATION, described
+from sagellm_gateway.streams import PingedEvents, cut_off, written
+
+router = APIRouter()
+
+
+@router.post("/v1/messages", response_model=None)
+@described(body=MessagesRequest, also=EVENTS, fails=GENERATION)
+async def messages(http: HttpRequest) -> HttpResponse:
+    """Answer a conversation."""
+    caller = _known(caller_of(http))
+    call = await read_call(http, MessagesRequest, what="message request")
+    chat, chat_call = gateway_of(http).chat, to_chat(call)
+    if call.stream:
+        return await start_event_stream(http, written(chat.stream(chat_call, caller), EventWriter(call)), PingedEvents)
+    answer = await while_connected(http, chat.answer(chat_call, caller))
+    if answer.choices[0].finish_reason in ("abort", "error"):
+        raise cut_off()
+    return HttpResponse(message_body(call, answer), media_type="application/json")
+
+
+@router.post("/v1/messages/count_tokens", response_model=None)
+@described(body=CountTokensRequest, fails=(404, 503))
+async def count_tokens(http: HttpRequest) -> HttpResponse:
+    """How many tokens a prompt has."""
+    _known(caller_of(http))
+    call = await read_call(http, CountTokensRequest, what="count request")
+    options = template_options(call)
+    tokens = gateway_of(http).manager.tokenize(
+        call.model,
+        messages=to_messages(call),
+        tools=to_tools(call),
+        add_generation_prompt=options.pop("add_generation_prompt", True),
+        chat_template_kwargs=options,
+    )
+    return JSONResponse({"input_tokens": len(await while_connected(http, tokens))})
+
+
+def _known(caller: Caller) -> Caller:
+    """The caller, whose answer has the request's id under the name that this API's clients read."""
+    caller.answer_headers.append((b"request-id", caller.request_id.encode()))
+    return caller

@@ -1,0 +1,137 @@
+"""The file of `gateway --config`: what it says, and how its mistakes are said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sagellm_core.config import BackendConfig, EngineConfig
+from sagellm_gateway.config_file import GatewayFile, read_gateway_file
+from sagellm_gateway.launch import make_plan
+from sagellm_gateway.options import EnginesFlags, ServerFlags
+from sagellm_gateway.settings import GatewaySettings
+from sagellm_protocol import InvalidArgumentError, NotFoundError
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "gateway.yaml"
+FILE = """\
+engines:
+  - {model: small, model_path: builtin, options: {max_batch_size: 4}}
+  - model: builtin
+    kind: cpu
+default_model: builtin
+control_plane: {scheduling_policy: priority, max_num_waiting: 7}
+server: {port: 9000}
+limits:
+  per_key: {requests_per_minute: 60}
+log:
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("SAGELLM_API_KEY", "SAGELLM_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SAGELLM_KEYS", str(tmp_path / "no-keys.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(FILE, encoding="utf-8")
+    return path
+
+
+def plan_of(engines: EnginesFlags | None = None, server: ServerFlags | None = None) -> Any:
+    own = EngineConfig(model="configured")
+    return make_plan(engines or EnginesFlags(), server or ServerFlags(), backend=BackendConfig(kind="cpu"), engine=own)
+
+
+def test_a_file_holds_engines_and_settings(file: Path) -> None:
+    read, sections = read_gateway_file(file)
+    assert [engine.model for engine in read.engines] == ["small", "builtin"]
+    assert read.control_plane.scheduling_policy == "priority"
+    assert sections == {"server": {"port": 9000}, "limits": {"per_key": {"requests_per_minute": 60}}}
+
+
+def test_the_example_says_the_defaults() -> None:
+    """What it shows besides engines and keys is what a gateway without a file has, as it claims."""
+    read, sections = read_gateway_file(EXAMPLE)
+    assert GatewaySettings(**sections) == GatewaySettings()
+    assert read.backend == BackendConfig()
+    assert read.control_plane == GatewayFile(engines=[EngineConfig()]).control_plane
+    assert {engine.model for engine in read.engines} == {"builtin", "builtin-int8"}
+
+
+def test_flags_win_over_the_file(file: Path) -> None:
+    server = ServerFlags(port=0, requests_per_minute=5, api_key=["sk-sage-0123456789abcdef"], access_log="off")
+    plan = plan_of(EnginesFlags(config=file, scheduling_policy="fifo"), server)
+    assert (plan.settings.server.port, plan.settings.log.access) == (0, "off")
+    assert plan.settings.limits.per_key.requests_per_minute == 5
+    assert [key.name for key in plan.settings.auth.keys] == ["command-line-1"]
+    assert (plan.control_plane.scheduling_policy, plan.control_plane.max_num_waiting) == ("fifo", 7)
+    assert plan.default_model == "builtin"
+
+
+def test_without_a_file_the_flags_or_the_configuration_decide() -> None:
+    assert [engine.model for engine in plan_of().engines] == ["configured"]
+    plan = plan_of(EnginesFlags(model=["a", "b"], backend="cuda"))
+    assert [engine.model for engine in plan.engines] == ["a", "b"]
+    assert plan.backend == BackendConfig(kind="cuda")
+    assert plan.settings == GatewaySettings()
+
+
+def test_engines_stand_in_one_place(file: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="--model and --config exclude each other"):
+        plan_of(EnginesFlags(config=file, model=["a"]))
+
+
+def test_a_key_that_can_be_guessed_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="--api-key must have at least 20"):
+        plan_of(server=ServerFlags(api_key=["secret"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("server: {port: 8000}\n", 1, "engines is required"),
+        ("engines: []\n", 1, "engines must not be empty"),
+        ("engines: [{model: a}]\n\nlimits:\n  per_key:\n    requests_per_minute: 0\n", 5, "must be >= 1, got 0"),
+        ("engines: [{model: a}]\nserver:\n  prot: 1\n", 3, "did you mean 'port'?"),
+        ("engines: [{model: a}]\nservr: {}\n", 2, "did you mean 'server'?"),
+        (
+            "engines:\n  - model: a\n  - model: b\n    options:\n      max_batch_size: 0\n",
+            5,
+            "engines[1].options.max_b",
+        ),
+        ("engines:\n  - model: a\n  - model: b\n    options:\n      block: 0\n", 5, "engines[1].options"),
+        ("engines:\n  - {model: a, engine_id: x}\n  - {model: b, engine_id: x}\n", 3, "engines[1].engine_id"),
+        ("engines: [{model: a}]\ndefault_model: c\n", 2, "default_model is 'c', the engines have a; name one"),
+        ("engines: [{model: a}]\ncontrol_plane:\n  scheduling_policy: x\n", 3, "choose one of adaptive"),
+        ("engines: [{model: a}]\nauth:\n  keys:\n    - name: x\n      hash: secret\n", 5, "never the key itself"),
+        ("engines: [{model: a}]\nlog: {}\nlog: {}\n", 3, "log stands there twice; remove one"),
+        ("engines: [{model: a}\nlog: {}\n", 2, "is not YAML"),
+        ("engines: [{model: a}]\n\ttabs: 1\n", 2, "is not YAML"),
+    ],
+)
+def test_a_mistake_is_said_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidArgumentError) as caught:
+        read_gateway_file(path)
+    assert str(caught.value).startswith(f"{path}, line {line}")
+    assert words in str(caught.value)
+
+
+def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"an example is examples/gateway\.yaml"):
+        read_gateway_file(tmp_path / "none.yaml")
+    for content in (b"", b"- a\n", b"\xff\xfe\x00"):
+        path = tmp_path / "bad.yaml"
+        path.write_bytes(content)
+        with pytest.raises(InvalidArgumentError, match=r"bad\.yaml"):
+            read_gateway_file(path)
+    path.write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(InvalidArgumentError, match="is it the right file"):
+        read_gateway_file(path)
