@@ -34,6 +34,7 @@ from sagellm_gateway import create_app
 from sagellm_protocol import (
     CompletionOutput,
     FinishReason,
+    ModelDescription,
     Request,
     Response,
     StreamEvent,
@@ -93,6 +94,9 @@ class InstantEngine:
             yield StreamEventDelta(chunk=WORD, chunk_tokens=[i], **names)
             await asyncio.sleep(0)  # as an engine does: one wake-up a token
         yield StreamEventEnd.of(self._response(request))
+
+    async def describe_model(self) -> ModelDescription:
+        return ModelDescription(model="mock", vocab_size=1000, max_model_len=self.config.max_model_len)
 
     def _response(self, request: Request) -> Response:
         count = request.resolved_sampling().max_tokens

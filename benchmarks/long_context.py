@@ -3,8 +3,8 @@
     python benchmarks/long_context.py --model qwen2-0.5b [--quantization int4] [--json FILE]
 
 A decode step reads the weights once and the KV of its context once: the share is bytes over time and read bandwidth.
-What the context alone costs is the step's time less that of a short one, beside the KV bytes alone. A prefill is counted in
-multiply-adds: those of the weights at the rate of their format, those of attention at bf16's.
+What the context alone costs is the step's time less that of a short one, beside the KV bytes alone. A prefill is
+counted in multiply-adds: those of the weights at the rate of their format, those of attention at bf16's.
 """
 
 from __future__ import annotations

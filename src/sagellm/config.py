@@ -50,6 +50,13 @@ class UserConfig(EdgeModel):
 
     def engine_config(self, *, model: str | None = None, backend: str | None = None, **options: Any) -> LLMEngineConfig:
         """The engine to run, with flags in front of what the configuration says; None leaves a value to it."""
+        where, engine = self.backend_and_engine(model=model, backend=backend, **options)
+        return engine.to_llm_engine_config(where)
+
+    def backend_and_engine(
+        self, *, model: str | None = None, backend: str | None = None, **options: Any
+    ) -> tuple[BackendConfig, EngineConfig]:
+        """The same as a control plane takes it."""
         where = self.backend if backend is None else BackendConfig(kind=backend)
         fields = self.engine.given()
         if backend is not None:
@@ -57,7 +64,7 @@ class UserConfig(EdgeModel):
         if model is not None:
             fields = {**fields, "model": model, "model_path": None}
         given = {name: value for name, value in options.items() if value is not None}
-        return EngineConfig(**{**fields, "options": {**self.engine.options, **given}}).to_llm_engine_config(where)
+        return where, EngineConfig(**{**fields, "options": {**self.engine.options, **given}})
 
 
 def config_path(environ: Mapping[str, str] = os.environ) -> Path:

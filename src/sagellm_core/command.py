@@ -63,6 +63,11 @@ def report(error: Exception, *, debug: bool) -> int:
     return EXIT_FAILURE
 
 
+def print_quietly(text: str) -> None:
+    """A remark on stderr, dimmed, so that pipes get the answer alone."""
+    typer.secho(text, err=True, dim=True)
+
+
 def _report_usage(error: Any) -> int:
     """Print what is wrong with the command line; without any argument that is the help text itself."""
     message = error.format_message()

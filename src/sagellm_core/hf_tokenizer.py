@@ -22,6 +22,7 @@ class SlowBackend:
     """A tokenizer of `transformers` that is written in Python."""
 
     decoder_state: Mapping[str, Any] | None = {"type": "transformers"}  # no chain of `tokenizers` steps
+    definition: str | None = None
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -15,25 +15,29 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sagellm_core.chat_template import PLAIN_CHAT_STOP
 from sagellm_core.decoding import child_request
 from sagellm_core.engine_core.types import EngineCoreRequest
+from sagellm_protocol.embedding import EmbedParams
 from sagellm_protocol.errors import InvalidArgumentError
 from sagellm_protocol.fields import MAX_SEED, MAX_STOP_STRINGS
-from sagellm_protocol.messages import ChatMessage
+from sagellm_protocol.messages import ChatMessage, Tool
+from sagellm_protocol.model_description import TokenizeRequest
 from sagellm_protocol.request import Request
 from sagellm_protocol.sampling import DecodingStrategy, SamplingParams
 
 if TYPE_CHECKING:
     from sagellm_core.models.config import ModelConfig
+    from sagellm_core.structured import Grammar
     from sagellm_core.tokenizer import Tokenizer
 
 __all__ = ["InputProcessor", "generation_defaults"]
 
 _NEUTRAL_TEMPERATURE = 1.0
+_STRATEGIES_WITH_GRAMMAR = (DecodingStrategy.GREEDY, DecodingStrategy.SAMPLING)
 
 
 class InputProcessor:
@@ -50,28 +54,40 @@ class InputProcessor:
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = model_config.spec.vocab_size
+        self._hidden_size = model_config.spec.hidden_size
+        self._pooling = model_config.pooling.pooling
         self._model_max_len = model_config.max_model_len
         self._max_model_len = max_model_len
         self._default_max_tokens = default_max_tokens
         self._defaults = (defaults or SamplingParams()).merged_over(generation_defaults(model_config.generation_config))
         # Chat models often end a turn with a token that only the tokenizer names.
         eos_token_ids = (*model_config.eos_token_ids, *tokenizer.eos_token_ids)
-        self._eos_token_ids = frozenset(token_id for token_id in eos_token_ids if token_id < self._vocab_size)
+        self.eos_token_ids = frozenset(token_id for token_id in eos_token_ids if token_id < self._vocab_size)
 
-    def process(self, request: Request, *, arrival_time: float = 0.0) -> list[EngineCoreRequest]:
+    def process(
+        self, request: Request, *, arrival_time: float = 0.0, grammar: Grammar | None = None
+    ) -> list[EngineCoreRequest]:
         """The `n` sequences that `request` asks for, each with a seed and an id of its own.
 
-        `arrival_time` is in seconds of the engine's monotonic clock. Raises `InvalidArgumentError`.
+        `arrival_time` is in seconds of the engine's monotonic clock, `grammar` is the request's `structured_output`,
+        compiled. Raises `InvalidArgumentError`.
         """
+        if request.embed is not None:
+            return [self._for_embedding(request, request.embed, arrival_time)]
         prompt_token_ids = self._prompt_ids(request)
         sampling = self._resolve_sampling(request, len(prompt_token_ids))
         self._check_token_ids(sampling.stop_token_ids, "stop_token_ids")
         self._check_token_ids(sampling.logit_bias or (), "logit_bias")
+        if grammar is not None and sampling.strategy not in _STRATEGIES_WITH_GRAMMAR:
+            raise InvalidArgumentError(
+                f"structured_output does not go with strategy {sampling.strategy}; use greedy or sampling",
+                field="structured_output",
+            )
         core = EngineCoreRequest(
             request_id=request.request_id,
             prompt_token_ids=prompt_token_ids,
             sampling=sampling,
-            eos_token_ids=self._eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
             priority=int(request.priority),
             arrival_time=arrival_time,
             cache_salt=request.cache_salt,
@@ -79,8 +95,50 @@ class InputProcessor:
             # A cached token was not computed here, so its logprob would be missing.
             read_prefix_cache=sampling.prompt_logprobs is None,
             seed=secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed,
+            grammar=grammar,
         )
         return [child_request(core, index) for index in range(sampling.n)]
+
+    def _for_embedding(self, request: Request, wanted: EmbedParams, arrival_time: float) -> EngineCoreRequest:
+        if wanted.dimensions is not None and wanted.dimensions > self._hidden_size:
+            raise InvalidArgumentError(
+                f"dimensions is {wanted.dimensions}, the model's vectors have {self._hidden_size}; ask for at most so many",
+                field="dimensions",
+            )
+        token_ids = self._prompt_ids(request)
+        limit = wanted.truncate_prompt_tokens
+        if limit is not None:
+            longest = self._max_model_len if limit == -1 else limit
+            token_ids = self._truncated(request, token_ids, longest) if len(token_ids) > longest else token_ids
+        if len(token_ids) > self._max_model_len:
+            raise InvalidArgumentError(
+                f"the input has {len(token_ids)} tokens, the model takes {self._max_model_len}; split it into shorter "
+                "texts, or set truncate_prompt_tokens",
+                field="prompt",
+            )
+        return EngineCoreRequest(
+            request_id=request.request_id,
+            prompt_token_ids=token_ids,
+            sampling=SamplingParams(max_tokens=1),
+            priority=int(request.priority),
+            arrival_time=arrival_time,
+            cache_salt=request.cache_salt,
+            lora_id=request.lora,
+            # Other poolings than the last row need the rows of cached tokens too.
+            read_prefix_cache=self._pooling == "last",
+            pooling=self._pooling,
+        )
+
+    def _truncated(self, request: Request, token_ids: list[int], longest: int) -> list[int]:
+        """The first of the text's tokens, with the special tokens that frame it."""
+        if not isinstance(request.prompt, str):
+            return token_ids[:longest]
+        text_ids = self._tokenizer.encode(request.prompt, add_special_tokens=False)
+        num_special, size = len(token_ids) - len(text_ids), len(text_ids)
+        start = next((k for k in range(num_special + 1) if token_ids[k : k + size] == text_ids), None)
+        if start is None or longest <= num_special:
+            return token_ids[:longest]
+        return [*token_ids[:start], *text_ids[: longest - num_special], *token_ids[start + size :]]
 
     # ---- the prompt -----------------------------------------------------------------------------------
 
@@ -96,22 +154,40 @@ class InputProcessor:
         self._check_token_ids(token_ids, field)
         return token_ids
 
+    def tokenize(self, wanted: TokenizeRequest) -> list[int]:
+        """The ids of a text or a conversation; an empty text has those that frame it."""
+        if wanted.messages is None:
+            return self._tokenizer.encode(wanted.prompt or "", wanted.add_special_tokens)
+        return self._encode_messages(
+            wanted.messages,
+            wanted.tools,
+            wanted.chat_template_kwargs,
+            add_generation_prompt=wanted.add_generation_prompt,
+        )
+
     def _encode_text(self, prompt: str) -> list[int]:
         return self._tokenizer.encode(prompt) if prompt else []
 
     def _encode_chat(self, request: Request) -> list[int]:
-        options: dict[str, Any] = dict(request.chat_template_kwargs or {})
-        clash = next((name for name in ("messages", "tools") if name in options), None)
+        return self._encode_messages(request.messages or (), request.tools, request.chat_template_kwargs)
+
+    def _encode_messages(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool] | None,
+        variables: Mapping[str, Any] | None,
+        **options: Any,
+    ) -> list[int]:
+        given = dict(variables or {})
+        clash = next((name for name in ("messages", "tools") if name in given), None)
         if clash is not None:
             raise InvalidArgumentError(
                 f"chat_template_kwargs may not hold {clash}; give the request's own field {clash}",
                 field="chat_template_kwargs",
             )
-        if request.tools is not None:
-            options["tools"] = [tool.model_dump(mode="json", exclude_none=True) for tool in request.tools]
-        return self._tokenizer.encode_chat(
-            [_template_message(message) for message in request.messages or ()], **options
-        )
+        if tools is not None:
+            given["tools"] = [tool.model_dump(mode="json", exclude_none=True) for tool in tools]
+        return self._tokenizer.encode_chat([_template_message(message) for message in messages], **{**options, **given})
 
     def _check_token_ids(self, token_ids: Iterable[int], field: str) -> None:
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < self._vocab_size), None)

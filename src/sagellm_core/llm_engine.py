@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sagellm_core.config import LLMEngineConfig
 from sagellm_core.decoding import get_strategy
+from sagellm_core.embedding import Inputs, embedding_requests, execute_all, execute_embedding
 from sagellm_core.engine_core.client import EngineCoreClient
 from sagellm_core.engine_core.engine_core import EngineCore, EngineStats, as_protocol_error
 from sagellm_core.engine_core.types import EngineCoreRequest
@@ -25,6 +27,7 @@ from sagellm_core.output_processor import OutputProcessor, combine_outputs
 from sagellm_core.tokenizer import Tokenizer, load_tokenizer
 from sagellm_protocol import (
     InvalidArgumentError,
+    ModelDescription,
     NotFoundError,
     Request,
     Response,
@@ -33,12 +36,17 @@ from sagellm_protocol import (
     StreamEvent,
     StreamEventDelta,
     StreamEventEnd,
+    TokenizeRequest,
     UnavailableError,
     new_request_id,
 )
 
+if TYPE_CHECKING:
+    from sagellm_core.structured import GrammarCompiler
+
 logger = logging.getLogger(__name__)
 
+_LONG_CHARS = 4096
 Prompt = str | Sequence[int]
 Messages = Sequence[dict[str, Any]]
 
@@ -63,6 +71,7 @@ class LLMEngine:
         self._life = asyncio.Lock()  # one start or stop at a time: a second start finds the engine running
         self._client: EngineCoreClient | None = None
         self._input: InputProcessor | None = None
+        self._grammars: GrammarCompiler | None = None
         self._model_config: ModelConfig | None = None
         self._tokenizer: Tokenizer | None = None
         self._description: dict[str, object] = {}
@@ -103,6 +112,9 @@ class LLMEngine:
         """End all requests with the finish reason `abort` and free the model."""
         async with self._life:
             client, self._client = self._client, None
+            grammars, self._grammars = self._grammars, None
+            if grammars is not None:
+                grammars.close()
             if client is not None:
                 await client.stop()
 
@@ -135,7 +147,9 @@ class LLMEngine:
 
     async def execute(self, request: Request) -> Response:
         """Answer a protocol request; with `n` > 1 its choices run at the same time."""
-        children = self._prepare(request)
+        if request.embed is not None:
+            return await self._embed(request)
+        children = await self._prepare(request)
         processors = self._output_processors(request, children)
         async with aclosing(self._events(processors, children)) as events:
             async for _ in events:
@@ -165,10 +179,21 @@ class LLMEngine:
                 priority=priority,
                 stream=True,
             )
-        children = self._prepare(request)
+        if request.embed is not None:
+            raise InvalidArgumentError("embed makes a vector, which is no stream; use execute", field="embed")
+        children = await self._prepare(request)
         async with aclosing(self._events(self._output_processors(request, children), children)) as events:
             async for event in events:
                 yield event
+
+    async def embed(self, inputs: Inputs, *, dimensions: int | None = None) -> list[list[float]]:
+        """A vector for each text, or list of token ids; `dimensions` cuts them, as for models trained so (Matryoshka).
+
+        Cosines and, where the model normalises them (as by default), dot products say how alike texts are.
+        """
+        requests = embedding_requests(inputs, dimensions=dimensions)
+        responses = await execute_all(self.execute, requests, at_once=self.config.max_batch_size)
+        return [response.embedding or [] for response in responses]
 
     def abort(self, request_id: str) -> None:
         """End a request; whoever reads it gets the finish reason `abort`. Call it from that reader's event loop."""
@@ -210,6 +235,39 @@ class LLMEngine:
             info["architecture"] = self._model_config.architecture
         return {**info, **self._description}
 
+    async def describe_model(self) -> ModelDescription:
+        """What the model is, once the engine has started."""
+        config, info, spec = self.model_config, self._description, self.model_config.spec
+        templates = self.tokenizer.chat_templates
+        return ModelDescription(
+            model=self.config.model_path,
+            architecture=config.architecture,
+            num_parameters=spec.num_parameters,
+            vocab_size=spec.vocab_size,
+            hidden_size=spec.hidden_size,
+            max_model_len=self.config.max_model_len,
+            dtype=str(info["weight_dtype"]),
+            quantization=self.config.quantization,
+            device=str(info["device_name"]),
+            weight_bytes=cast(int, info["weight_bytes"]),
+            chat_template=templates.choose(with_tools=True).source if templates else None,
+            special_tokens=dict(self.tokenizer.special_tokens),
+        )
+
+    async def tokenize(self, request: TokenizeRequest) -> list[int]:
+        """The token ids of a text or a conversation; long ones are read beside the event loop."""
+        if self._input is None:
+            raise UnavailableError("the engine is not running; call start() first")
+        return await asyncio.to_thread(self._input.tokenize, request)
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of `token_ids`, with the texts of special tokens unless they are skipped."""
+        return await asyncio.to_thread(self.tokenizer.decode, token_ids, skip_special_tokens)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself."""
+        return [self.tokenizer.token_text(token_id) for token_id in token_ids]
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; there once the engine has started."""
@@ -226,11 +284,37 @@ class LLMEngine:
 
     # ---- steps of a request ---------------------------------------------------------------------------
 
-    def _prepare(self, request: Request) -> list[EngineCoreRequest]:
+    async def _prepare(self, request: Request) -> list[EngineCoreRequest]:
         self._running_client().check_alive()
         if self._input is None:
             raise UnavailableError("the engine is not running; call start() first")
-        return self._input.process(request, arrival_time=time.monotonic())
+        arrival_time, wanted = time.monotonic(), request.structured_output
+        grammar = None if wanted is None else await self._grammar_compiler(self._input).compile(wanted)
+        process = partial(self._input.process, request, arrival_time=arrival_time, grammar=grammar)
+        return await asyncio.to_thread(process) if _is_long(request) else process()
+
+    async def _embed(self, request: Request) -> Response:
+        """The response to a request for a vector."""
+        core = (await self._prepare(request))[0]
+        client, request_id = self._running_client(), core.request_id
+        if request_id in self._aborts:
+            raise InvalidArgumentError(f"request_id {request_id!r} is already running; use a fresh id")
+        self._aborts[request_id] = partial(client.abort, request_id)
+        try:
+            spec = self.model_config.pooling
+            return await execute_embedding(
+                client, request, core, spec, engine_id=self.engine_id, peak_mem_mb=peak_memory_mb
+            )
+        finally:
+            del self._aborts[request_id]
+
+    def _grammar_compiler(self, processor: InputProcessor) -> GrammarCompiler:
+        """Made for the first request that asks for a form, as is the import of the library behind it."""
+        if self._grammars is None:
+            from sagellm_core.structured import GrammarCompiler
+
+            self._grammars = GrammarCompiler(self.tokenizer, self.model_config.spec.vocab_size, processor.eos_token_ids)
+        return self._grammars
 
     def _output_processors(self, request: Request, children: Sequence[EngineCoreRequest]) -> list[OutputProcessor]:
         return [
@@ -338,6 +422,13 @@ def _to_request(
     }
     fields |= {name: value for name, value in optional.items() if value is not None}
     return Request(stream=stream, **fields)
+
+
+def _is_long(request: Request) -> bool:
+    """Whether splitting the prompt into tokens takes so long that other requests would feel it: a millisecond."""
+    if request.messages is not None:
+        return sum(len(message.text) for message in request.messages) > _LONG_CHARS
+    return isinstance(request.prompt, str) and len(request.prompt) > _LONG_CHARS
 
 
 def _fit_to_model(config: LLMEngineConfig, model: ModelConfig) -> LLMEngineConfig:

@@ -1,7 +1,9 @@
 """Runs an application under uvicorn as a command does it: port first, then the model, then requests until a signal.
 
-Promises: a taken port or a model that cannot be loaded raises the protocol's error (a server's log with a traceback is
-no message to a user); SIGINT and SIGTERM let requests in flight end and return normally.
+Promises: a taken port, a bad certificate or a model that cannot be loaded raises the protocol's error (a server's log
+with a traceback is no message to a user); after the first SIGINT or SIGTERM requests in flight may end for `grace_s`,
+a second one cuts them off, and either way the function returns normally. A client that sends its headers slowly or
+endlessly, or takes nothing of its answer, is let go.
 """
 
 from __future__ import annotations
@@ -9,17 +11,36 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+import ssl
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from sagellm_protocol import UnavailableError
+from sagellm_protocol import InvalidArgumentError, UnavailableError
 
-# Requests that are still running this long after the signal are cut off.
-GRACE_SECONDS = 10
 _BACKLOG = 2048
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the server treats its clients; times are in seconds."""
+
+    tls_cert: Path | None = None  # a certificate chain in PEM, and its key; without them plain HTTP
+    tls_key: Path | None = None
+    trusted_proxies: Sequence[str] = ()  # whose X-Forwarded-For and -Proto are believed
+    keep_alive_s: float = 75.0  # how long an idle connection stays open
+    header_timeout_s: float = 20.0  # from a connection's or request's begin to the end of the headers
+    send_timeout_s: float = 120.0  # how long a client may take nothing of its answer
+    max_header_bytes: int = 32_768  # of one request's line and headers
+    drain_delay_s: float = 0.0  # how long connections are still taken after a signal
+    grace_s: float = 10.0  # what requests in flight get after that
 
 
 def run_server(
@@ -29,6 +50,8 @@ def run_server(
     *,
     start: Callable[[], Awaitable[None]],
     announce: Callable[[str], None],
+    options: ServerOptions | None = None,
+    on_drain: Callable[[], None] | None = None,
 ) -> None:
     """Serve `app` until a signal comes.
 
@@ -37,11 +60,14 @@ def run_server(
         host, port: where to listen; port 0 takes a free one.
         start: starts what `app` serves, ahead of it, so that its errors reach the caller as they are.
         announce: called with the URL when requests are taken.
+        options: how clients are treated.
+        on_drain: called when the signal has come, before anything is closed.
     """
-    listener = _bind(host, port)
+    options = options or ServerOptions()
+    listener = _bind(host, port, options)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _run(_serve(app, listener, start, announce))
+        _run(_serve(app, listener, start, announce, options, on_drain))
     except KeyboardInterrupt:
         pass  # the server has shut down in order and passes the signal on
     finally:
@@ -60,20 +86,50 @@ def _run(serving: Coroutine[Any, Any, None]) -> None:
 
 
 async def _serve(
-    app: FastAPI, listener: socket.socket, start: Callable[[], Awaitable[None]], announce: Callable[[str], None]
+    app: FastAPI,
+    listener: socket.socket,
+    start: Callable[[], Awaitable[None]],
+    announce: Callable[[str], None],
+    options: ServerOptions,
+    on_drain: Callable[[], None] | None,
 ) -> None:
+    server = _Server(_config(app, options), options, on_drain)
     await start()
     listener.listen(_BACKLOG)
     host, port = listener.getsockname()[:2]
-    announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS)
-    server = uvicorn.Server(config)
+    scheme = "http" if options.tls_cert is None else "https"
+    announce(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     await server.serve(sockets=[listener])
     if not server.started:
         raise UnavailableError("the server could not start; its log says why")
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _config(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        http=partial(_Connection, options),  # type: ignore[arg-type]  # called like the class it makes
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(options.trusted_proxies),
+        forwarded_allow_ips=list(options.trusted_proxies),
+        timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]  # seconds, whole or not
+        timeout_graceful_shutdown=options.grace_s,  # type: ignore[arg-type]
+        ssl_certfile=None if options.tls_cert is None else str(options.tls_cert),
+        ssl_keyfile=None if options.tls_key is None else str(options.tls_key),
+        ssl_keyfile_password="-",  # any: without one an encrypted key would be asked for on the terminal
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidArgumentError(
+            f"{options.tls_cert} and {options.tls_key} are no certificate and key in PEM: {error}", field="tls_cert"
+        ) from error
+    return config
+
+
+def _bind(host: str, port: int, options: ServerOptions) -> socket.socket:
     """Taken before the model is loaded, so that a taken port is said at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -84,8 +140,116 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # Connections inherit it. The kernel counts: neither a dead client nor one that reads nothing holds a place.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.send_timeout_s * 1000))
         listener.bind(address)
     except OSError as error:
         listener.close()
         raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
     return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which tells of the first signal and heeds every second one."""
+
+    def __init__(self, config: uvicorn.Config, options: ServerOptions, on_drain: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._drain_delay_s = options.drain_delay_s
+        self._on_drain = on_drain
+        self._signalled = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first begins the end, any other cuts it short."""
+        self._captured_signals.append(sig)
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say that the end has begun, keep taking connections for the delay, then close and wait."""
+        if self._on_drain is not None:
+            self._on_drain()
+        until = asyncio.get_running_loop().time() + self._drain_delay_s
+        while not self.force_exit and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's connection, with bounds on the size of a request's headers and the time they take."""
+
+    def __init__(self, options: ServerOptions, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._options = options
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._is_in_headers = False
+        self._is_refused = False
+        self._num_header_bytes = 0  # of parts that arrived before this one
+        self._num_new_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._num_new_bytes = len(data)
+        super().data_received(data)
+        if self._is_in_headers:
+            self._num_header_bytes += len(data)
+            if self._num_header_bytes > self._options.max_header_bytes:
+                self._refuse_headers()
+            elif self._header_timer is None:
+                self._arm()
+        elif self._header_timer is not None:
+            self._disarm()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_headers = True
+        self._num_header_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        self._is_in_headers = False
+        # The exact size matters only where the bytes that came so far could exceed it.
+        if self._num_header_bytes + self._num_new_bytes > self._options.max_header_bytes:
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > self._options.max_header_bytes:
+                self._refuse_headers()
+                raise ValueError("headers too large")  # ends the parser; nobody sees it
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._disarm()
+        if not self._is_refused:
+            super().send_400_response(msg)
+
+    def _refuse_headers(self) -> None:
+        self._is_refused = True
+        self._close_with(431, f"The request's headers are larger than {self._options.max_header_bytes} bytes.")
+
+    def _refuse_slow(self) -> None:
+        self._header_timer = None
+        if self._is_in_headers:
+            self._close_with(408, f"The request's headers took longer than {self._options.header_timeout_s:g} s.")
+        else:
+            self.transport.close()  # a connection that never said anything
+
+    def _close_with(self, status: int, message: str) -> None:
+        self._disarm()
+        if not self.transport.is_closing():
+            phrase = {408: "Request Timeout", 431: "Request Header Fields Too Large"}[status]
+            head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: text/plain\r\nconnection: close\r\n"
+            self.transport.write(f"{head}content-length: {len(message)}\r\n\r\n{message}".encode())
+            self.transport.close()
+
+    def _arm(self) -> None:
+        self._header_timer = self.loop.call_later(self._options.header_timeout_s, self._refuse_slow)
+
+    def _disarm(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None

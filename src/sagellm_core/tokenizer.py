@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FastBackend", "Tokenizer", "TokenizerBackend", "load_tokenizer"]
 
+# Long texts take the library's batch calls, which let other threads run meanwhile.
+_LONG_CHARS = 4096
+_LONG_IDS = 1024
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -55,6 +58,11 @@ class TokenizerBackend(Protocol):
     @property
     def decoder_state(self) -> Mapping[str, Any] | None:
         """The decoder chain in the JSON form of `tokenizers`; None if there is no decoder."""
+        ...
+
+    @property
+    def definition(self) -> str | None:
+        """The whole tokenizer in the JSON form of `tokenizers`, written on each call; None if it has no such form."""
         ...
 
 
@@ -93,6 +101,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether the model brings a chat template; without one chats are rendered plainly."""
         return len(self.chat_templates) > 0
+
+    @property
+    def definition(self) -> str | None:
+        """The content of a `tokenizer.json` for this tokenizer, or None; some megabytes, written on each call."""
+        return self._backend.definition
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, framed by the model's special tokens (usually a BOS) if wanted.
@@ -178,10 +191,18 @@ class FastBackend:
         decoder = tokenizer.decoder
         self.decoder_state: Mapping[str, Any] | None = None if decoder is None else json.loads(decoder.__getstate__())
 
+    @property
+    def definition(self) -> str | None:
+        return str(self._tokenizer.to_str())
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) > _LONG_CHARS:
+            return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        if len(token_ids) > _LONG_IDS:
+            return str(self._tokenizer.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0])
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def id_to_token(self, token_id: int) -> str | None:

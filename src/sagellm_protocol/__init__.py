@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sagellm_protocol.batch import BatchType
     from sagellm_protocol.capability import CapabilityDescriptor
     from sagellm_protocol.dtypes import DType, KernelKind
+    from sagellm_protocol.embedding import EmbedParams
     from sagellm_protocol.errors import (
         CommGroupError,
         CommTimeoutError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from sagellm_protocol.messages import ChatMessage, FunctionCall, FunctionDefinition, TextPart, Tool, ToolCall
     from sagellm_protocol.metrics import Metrics, Timestamps, wall_clock_epoch
     from sagellm_protocol.model import EdgeModel, ProtocolEnum, ProtocolModel, Remedy, parse
+    from sagellm_protocol.model_description import ModelDescription, TokenizeRequest
     from sagellm_protocol.request import SLO, Request, RequestPriority
     from sagellm_protocol.response import CompletionOutput, FinishReason, Response, TokenLogprob, TopLogprob, Usage
     from sagellm_protocol.sampling import DecodingStrategy, SamplingParams, SamplingPreset
@@ -57,6 +59,7 @@ else:
             ".batch": ("BatchType",),
             ".capability": ("CapabilityDescriptor",),
             ".dtypes": ("DType", "KernelKind"),
+            ".embedding": ("EmbedParams",),
             ".errors": (
                 "CommGroupError",
                 "CommTimeoutError",
@@ -82,6 +85,7 @@ else:
             ".messages": ("ChatMessage", "FunctionCall", "FunctionDefinition", "TextPart", "Tool", "ToolCall"),
             ".metrics": ("Metrics", "Timestamps", "wall_clock_epoch"),
             ".model": ("EdgeModel", "ProtocolEnum", "ProtocolModel", "Remedy", "parse"),
+            ".model_description": ("ModelDescription", "TokenizeRequest"),
             ".request": ("SLO", "Request", "RequestPriority"),
             ".response": ("CompletionOutput", "FinishReason", "Response", "TokenLogprob", "TopLogprob", "Usage"),
             ".sampling": ("DecodingStrategy", "SamplingParams", "SamplingPreset"),
@@ -106,6 +110,7 @@ __all__ = [
     "DecodingStrategy",
     "DistributedRuntimeError",
     "EdgeModel",
+    "EmbedParams",
     "Error",
     "ErrorCode",
     "FinishReason",
@@ -121,6 +126,7 @@ __all__ = [
     "KVTransferMetadata",
     "KernelKind",
     "Metrics",
+    "ModelDescription",
     "NotFoundError",
     "NotImplementedInBackendError",
     "PermissionDeniedError",
@@ -143,6 +149,7 @@ __all__ = [
     "TextPart",
     "Timestamps",
     "TokenLogprob",
+    "TokenizeRequest",
     "Tool",
     "ToolCall",
     "TopLogprob",

@@ -71,7 +71,7 @@ _HTTP_STATUS = {
     "internal": 500,
     "comm_group_invalid": 500,
     "distributed_runtime_error": 500,
-    "not_implemented": 501,
+    "not_implemented": 400,  # not 501: a client that sends the same again would be told the same
     "unavailable": 503,
     "kv_transfer_failed": 503,
     "deadline_exceeded": 504,

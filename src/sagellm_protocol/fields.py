@@ -16,6 +16,7 @@ from sagellm_protocol.model import Remedy
 MAX_INT32 = 2**31 - 1
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
@@ -48,7 +49,6 @@ Identifier = Annotated[
     Field(pattern=r"^[^\x00-\x1f\x7f]{1,256}$"),
     Remedy("use 1 to 256 characters without control characters"),
 ]
-NonEmptyStr = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 # A long list of the wrong type must not cost an error object an entry.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -121,12 +121,13 @@ Seed = Annotated[
     Field(ge=0, le=MAX_SEED, description="Makes sampling reproducible, in any company."),
     Remedy("leave it out for a random one"),
 ]
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[
-    tuple[NonEmptyStr, ...],
+    tuple[_StopString, ...],
     Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
     BeforeValidator(
         _as_tuple,
-        json_schema_input_type=NonEmptyStr | Annotated[list[NonEmptyStr], Field(max_length=MAX_STOP_STRINGS)] | None,
+        json_schema_input_type=_StopString | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
     ),
     Field(description="Texts that end the output when they appear."),
     Remedy("leave stop out for none"),

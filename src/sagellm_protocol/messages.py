@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from sagellm_protocol.errors import InvalidArgumentError
 from sagellm_protocol.model import EdgeModel, Remedy
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_PARTS = 1024
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ToolName = Annotated[
@@ -25,14 +26,20 @@ class TextPart(EdgeModel):
     text: str
 
 
-class FunctionCall(EdgeModel):
+class _Echoed(EdgeModel):
+    """A value that clients send back as they keep it; fields of their own (`parsed`, `index`) are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class FunctionCall(_Echoed):
     """The function that a tool call names, with its arguments as a JSON text (as the model wrote them)."""
 
     name: ToolName
     arguments: str = "{}"
 
 
-class ToolCall(EdgeModel):
+class ToolCall(_Echoed):
     """A call of a tool that the assistant asks for."""
 
     id: str = Field(min_length=1, max_length=256)
@@ -40,23 +47,19 @@ class ToolCall(EdgeModel):
     function: FunctionCall
 
 
-class ChatMessage(EdgeModel):
+class ChatMessage(_Echoed):
     """One message of a conversation, as a client sends it and as an assistant's answer is kept.
 
-    ``refusal``, ``annotations``, ``audio`` and ``function_call`` are accepted because clients send an answer back as
-    they got it; they don't reach the model.
+    Clients send an answer back as they got it: fields beside these (``refusal``, ``annotations``, ``parsed``, ...) are
+    ignored, they don't reach the model.
     """
 
     role: Role
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: str | None = Field(default=None, max_length=256)
     tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(default=None, max_length=256)
     reasoning_content: str | None = None
-    refusal: str | None = None
-    annotations: list[JsonValue] | None = None
-    audio: JsonValue = None
-    function_call: JsonValue = None
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, PlainSerializer, field_serializer, model_validator
 
+from sagellm_protocol.embedding import EmbedParams
 from sagellm_protocol.errors import InvalidArgumentError
 from sagellm_protocol.fields import Identifier, MaxTokens, Temperature, TokenIds, TopP
 from sagellm_protocol.ids import new_request_id, new_trace_id
@@ -14,6 +15,7 @@ from sagellm_protocol.kv import KVTransferMetadata
 from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool
 from sagellm_protocol.model import EdgeModel, Remedy
 from sagellm_protocol.sampling import SamplingParams
+from sagellm_protocol.structured import StructuredOutput
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -92,6 +94,10 @@ class Request(EdgeModel):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     sampling_params: SamplingParams | None = None
+    structured_output: StructuredOutput | None = Field(
+        default=None, description="The form that the text must have; strategies greedy and sampling."
+    )
+    embed: EmbedParams | None = Field(default=None, description="Make a vector of the prompt; nothing is generated.")
     kv_budget_tokens: int | None = Field(
         default=None, gt=0, description="KV cache the request may hold at most, in tokens."
     )
@@ -118,6 +124,9 @@ class Request(EdgeModel):
             )
         if self.prompt is not None and self.messages is not None:
             raise InvalidArgumentError("prompt and messages exclude each other; give only one", field="prompt")
+        if self.embed is not None and (self.stream or self.structured_output is not None):
+            field = "stream" if self.stream else "structured_output"
+            raise InvalidArgumentError(f"{field} does not go with embed: a vector is no text; leave it out", field=field)
         self.resolved_sampling()
         return self
 

@@ -97,6 +97,7 @@ class Response(ProtocolModel):
     prompt_logprobs: list[TokenLogprob | None] | None = Field(
         default=None, description="One a prompt token, the first None."
     )
+    embedding: list[float] | None = Field(default=None, description="The vector, where the request asked for one.")
     model: str = ""
     engine_id: str = ""
 

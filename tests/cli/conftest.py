@@ -16,7 +16,7 @@ from sagellm_core.models import resolve_model
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty home folder and no settings in the environment."""
-    for name in [name for name in os.environ if name.startswith("SAGELLM_")]:
+    for name in [name for name in os.environ if name.startswith(("SAGELLM_", "XDG_"))]:
         monkeypatch.delenv(name)
     folder = tmp_path / "home"
     folder.mkdir()

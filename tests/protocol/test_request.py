@@ -19,6 +19,7 @@ from sagellm_protocol import (
     Request,
     RequestPriority,
     SamplingParams,
+    StructuredOutput,
 )
 
 
@@ -140,6 +141,19 @@ def test_messages_become_what_templates_expect() -> None:
     ]
 
 
+def test_structured_output_has_exactly_one_form() -> None:
+    request = Request(prompt="x", structured_output={"choice": ["yes", "no"]})
+    assert request.structured_output == StructuredOutput(choice=["yes", "no"])
+    for wrong in ({}, {"json_object": False}, {"regex": "a", "choice": ["b"]}, {"json_object": True, "grammar": ""}):
+        with pytest.raises(InvalidArgumentError, match="exactly one of"):
+            Request(prompt="x", structured_output=wrong)
+    for empty in ({"regex": ""}, {"json_schema": {}}):
+        assert Request(prompt="x", structured_output=empty).structured_output is not None
+    for wrong in ({"choice": []}, {"choice": [""]}, {"regex": "a" * 70_000}, {"json": {}}):
+        with pytest.raises(InvalidArgumentError):
+            Request(prompt="x", structured_output=wrong)
+
+
 texts = st.text(max_size=20)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**31), 2**31) | texts, lambda children: st.lists(children, max_size=3)
@@ -156,6 +170,13 @@ transfers = st.builds(
     block_ids=st.lists(st.integers(0, 99), max_size=3).map(tuple),
     dtype=st.sampled_from(DType),
 )
+structured_outputs = st.one_of(
+    st.builds(StructuredOutput, json_object=st.just(True)),
+    st.builds(StructuredOutput, json_schema=st.dictionaries(texts, json_values, max_size=3)),
+    st.builds(StructuredOutput, regex=texts),
+    st.builds(StructuredOutput, choice=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=3)),
+    st.builds(StructuredOutput, grammar=texts),
+)
 request_fields = st.fixed_dictionaries(
     {},
     optional={
@@ -167,6 +188,7 @@ request_fields = st.fixed_dictionaries(
         "temperature": st.none() | st.floats(0, 5),
         "top_p": st.none() | st.floats(0.01, 1),
         "sampling_params": st.none() | st.builds(SamplingParams, top_k=st.integers(0, 9), seed=st.integers(0, 99)),
+        "structured_output": st.none() | structured_outputs,
         "kv_budget_tokens": st.none() | st.integers(1, 9),
         "metadata": st.none() | st.dictionaries(texts, json_values, max_size=3),
         "phase": st.sampled_from([None, "prefill", "decode"]),

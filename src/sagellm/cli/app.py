@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
+from sagellm.cli.bench_commands import bench
+from sagellm.cli.keys import key
+from sagellm.cli.options import Json, RemoteFlags, SamplingFlags, System, complete_server
 from sagellm_core.command import run_app
+from sagellm_core.options import EngineFlags, with_flags
+from sagellm_gateway.options import EnginesFlags, ServerFlags
 
 # Plain help texts: Rich alone would cost half of the time that `--help` may take.
 app = typer.Typer(
@@ -18,26 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="`builtin`, a folder, a .gguf file or a hub id. Default: the configuration's."),
-]
-Backend = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ascend, kunlun or haiguang.")]
-Quantization = Annotated[
-    str | None, typer.Option(help="Weights in whole numbers: int8, int4, int4-g64, int4-g128 or int4-asym.")
-]
-MaxModelLen = Annotated[int | None, typer.Option(help="Prompt + output tokens of one request.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
-System = Annotated[str | None, typer.Option(help="System message for chat models.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(help="Nucleus: the smallest set of tokens of this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Only the k most probable tokens; 0 is off.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
-Preset = Annotated[str | None, typer.Option(help="deterministic, precise, balanced or creative.")]
-Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")]
-Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -58,103 +43,103 @@ def options(
     """Options of every command; `run_app` and the callback act on them."""
 
 
+# ---- answers ------------------------------------------------------------------------------------------
+
+
 @app.command()
+@with_flags
 def run(
+    engine: EngineFlags,
+    sampling: SamplingFlags,
+    remote: RemoteFlags,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Read from standard input if left out.")] = None,
-    model: Model = None,
-    max_tokens: MaxTokens = None,
-    preset: Preset = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: Annotated[float | None, typer.Option(help="Only tokens this probable relative to the best.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages what was said.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="Above 0 discourages what was said.")] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="Above 0: the more often it was said.")] = None,
-    seed: Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="greedy, sampling, beam_search or contrastive.")] = None,
-    num_beams: Annotated[int | None, typer.Option(help="More than 1 is beam search.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     system: System = None,
-    backend: Backend = None,
-    quantization: Quantization = None,
-    max_model_len: MaxModelLen = None,
     json: Json = False,
 ) -> None:
     """Answer one prompt, streaming."""
-    from sagellm.cli.run import run_prompt
+    if remote.url is not None:
+        from sagellm.cli.remote import run_on_server
 
-    given = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-        "stop": stop or None,
-        "strategy": strategy,
-        "num_beams": num_beams,
-    }
-    options = {"quantization": quantization, "max_model_len": max_model_len}
-    run_prompt(prompt, model, backend, options, preset, given, raw=raw, system=system, as_json=json)
+        run_on_server(prompt, remote, engine, sampling, raw=raw, system=system, as_json=json)
+    else:
+        from sagellm.cli.run import run_prompt
+
+        run_prompt(prompt, engine, sampling, raw=raw, system=system, as_json=json)
 
 
 @app.command()
-def chat(
-    model: Model = None,
-    system: System = None,
-    max_tokens: MaxTokens = None,
-    preset: Preset = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    backend: Backend = None,
-    quantization: Quantization = None,
-    max_model_len: MaxModelLen = None,
-) -> None:
+@with_flags
+def chat(engine: EngineFlags, sampling: SamplingFlags, remote: RemoteFlags, system: System = None) -> None:
     """Talk with a model.
 
-    Ctrl-C ends an answer, Ctrl-D the conversation.
+    Here, or with `--url` on a server. Ctrl-C ends an answer, Ctrl-D the conversation.
     """
-    from sagellm.cli.chat import chat_loop
+    if remote.url is not None:
+        from sagellm.cli.remote import chat_with_server
 
-    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    options = {"quantization": quantization, "max_model_len": max_model_len}
-    chat_loop(model, backend, options, preset, given, system=system)
+        chat_with_server(remote, engine, sampling, system=system)
+    else:
+        from sagellm.cli.chat import chat_loop
+
+        chat_loop(engine, sampling, system=system)
+
+
+# ---- servers ------------------------------------------------------------------------------------------
 
 
 @app.command()
+@with_flags
 def serve(
-    model: Model = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
+    engine: EngineFlags,
+    server: ServerFlags,
     engine_only: Annotated[bool, typer.Option("--engine-only", help="One engine without the gateway.")] = False,
-    backend: Backend = None,
-    quantization: Quantization = None,
-    max_model_len: MaxModelLen = None,
-    max_batch_size: Annotated[int | None, typer.Option(help="Requests that run at the same time.")] = None,
 ) -> None:
     """Serve a model over the OpenAI API."""
-    from sagellm.cli.serve import serve_model
+    from sagellm.cli.serve import serve_engine_only, serve_model
 
-    options = {"quantization": quantization, "max_model_len": max_model_len, "max_batch_size": max_batch_size}
-    serve_model(model, backend, options, host=host, port=port, engine_only=engine_only)
+    (serve_engine_only if engine_only else serve_model)(engine, server)
 
 
 @app.command()
-def gateway(host: Host = "127.0.0.1", port: Port = 8000) -> None:
-    """Serve the configured model.
+@with_flags
+def gateway(engines: EnginesFlags, server: ServerFlags) -> None:
+    """Serve one or many models.
 
-    The gateway with one engine behind it, both as `config.yaml` has them; `serve` takes more flags.
+    The engines of `--config FILE`, those of `--model`, or the one that `config.yaml` has.
     """
-    from sagellm.cli.serve import serve_model
+    from sagellm.cli.serve import serve_many
 
-    serve_model(None, None, {}, host=host, port=port, engine_only=False)
+    serve_many(engines, server)
+
+
+@app.command()
+def ps(json: Json = False) -> None:
+    """List your servers on this machine."""
+    from sagellm.cli.servers import list_command
+
+    list_command(as_json=json)
+
+
+@app.command()
+def stop(
+    server: Annotated[
+        str | None,
+        typer.Argument(help="Name, port or process id, as `ps` shows them.", autocompletion=complete_server),
+    ] = None,
+    all: Annotated[bool, typer.Option("--all", help="Stop all of them.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for answers in flight.", min=0)] = 60,
+) -> None:
+    """Stop a server.
+
+    It takes no more requests, ends those in flight, and goes; a second `stop` cuts them off.
+    """
+    from sagellm.cli.servers import stop_command
+
+    stop_command(server, stop_all=all, timeout_s=timeout)
+
+
+# ---- the machine --------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -204,109 +189,20 @@ def install(
 
 
 @app.command()
+@with_flags
 def demo(
+    engine: EngineFlags,
     workload: Annotated[str, typer.Option(help="year1, short, long, stress, or a YAML file.")] = "year1",
     output: Annotated[Path, typer.Option(help="Where the metrics go.")] = Path("metrics.json"),
-    model: Model = None,
-    backend: Backend = None,
 ) -> None:
     """Run a workload and write its metrics."""
     from sagellm.cli.demo import run_demo
 
-    run_demo(workload, output, model, backend)
+    run_demo(workload, output, engine)
 
 
-# ---- bench --------------------------------------------------------------------------------------------
-
-bench = typer.Typer(
-    help="Measure the engine and its kernels on this machine.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 app.add_typer(bench, name="bench")
-
-Dtype = Annotated[str | None, typer.Option(help="Of the weights: auto, fp32, fp16 or bf16.")]
-NumThreads = Annotated[int | None, typer.Option(help="Compute threads. Default: the cores we may use.", min=1)]
-InputLen = Annotated[int, typer.Option(help="Tokens of each prompt, random ones.", min=1)]
-OutputLen = Annotated[int, typer.Option(help="Tokens of each answer, exactly.", min=1)]
-Runs = Annotated[int, typer.Option(help="Batches that count.", min=1)]
-Warmup = Annotated[int, typer.Option(help="Batches before those.", min=0)]
-BenchSeed = Annotated[int, typer.Option("--seed", help="Of the random prompts.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results into this file.")]
-
-
-@bench.command()
-def latency(
-    model: Model = None,
-    batch_size: Annotated[int, typer.Option(help="Requests at the same time.", min=1)] = 1,
-    input_len: InputLen = 128,
-    output_len: OutputLen = 64,
-    runs: Runs = 5,
-    warmup: Warmup = 1,
-    seed: BenchSeed = 0,
-    backend: Backend = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    num_threads: NumThreads = None,
-    json: JsonFile = None,
-) -> None:
-    """Time to the first token and between tokens.
-
-    Batches of equal requests run one after another, each with prompts of its own.
-    """
-    from sagellm.cli.bench import bench_latency
-    from sagellm_benchmark import Load
-
-    options = {"dtype": dtype, "quantization": quantization, "num_threads": num_threads}
-    load = Load(input_len, output_len, batch_size, batch_size, runs, warmup, seed)
-    bench_latency(model, backend, options, load, json)
-
-
-@bench.command()
-def throughput(
-    model: Model = None,
-    requests: Annotated[int | None, typer.Option(help="Of one batch. Default: as many as at a time.", min=1)] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests at the same time.", min=1)] = 32,
-    input_len: InputLen = 128,
-    output_len: OutputLen = 64,
-    runs: Runs = 3,
-    warmup: Warmup = 1,
-    seed: BenchSeed = 0,
-    backend: Backend = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    num_threads: NumThreads = None,
-    json: JsonFile = None,
-) -> None:
-    """Requests and tokens a second, with many requests at a time."""
-    from sagellm.cli.bench import bench_throughput
-    from sagellm_benchmark import Load
-
-    options = {"dtype": dtype, "quantization": quantization, "num_threads": num_threads}
-    load = Load(input_len, output_len, requests or concurrency, concurrency, runs, warmup, seed)
-    bench_throughput(model, backend, options, load, json)
-
-
-@bench.command()
-def kernels(
-    shape: Annotated[str, typer.Option(help="0.5b, 1.7b, 8b, or a model whose shapes to take.")] = "0.5b",
-    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
-    format: Annotated[
-        list[str] | None, typer.Option(help="Weights in this format, such as bf16, int8, int4, q5_k; several times.")
-    ] = None,
-    rows: Annotated[list[int] | None, typer.Option(help="Rows of activations; several times.")] = None,
-    num_threads: NumThreads = None,
-    seconds: Annotated[float, typer.Option(help="For each line and implementation.", min=0.0)] = 0.3,
-    reference: Annotated[bool, typer.Option(help="Measure the torch reference beside it.")] = True,
-    json: JsonFile = None,
-) -> None:
-    """Each op on a model's shapes: GB/s and GFLOP/s.
-
-    Beside this machine's limits and the torch reference, in turns.
-    """
-    from sagellm.cli.bench import bench_kernels
-
-    bench_kernels(shape, op, format, rows, num_threads, seconds, json, reference=reference)
+app.add_typer(key, name="key")
 
 
 def main() -> None:

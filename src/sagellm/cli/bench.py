@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sagellm.cli.session import make_engine, print_quietly
+from sagellm.cli.session import make_engine
+from sagellm_core.command import print_quietly
 from sagellm_protocol import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -21,45 +22,39 @@ if TYPE_CHECKING:
     from sagellm_benchmark.serving import Load
     from sagellm_benchmark.timing import TokenTimes
     from sagellm_core import LLMEngine
+    from sagellm_core.options import EngineFlags
 
 
-def bench_latency(
-    model: str | None, backend: str | None, options: dict[str, Any], load: Load, file: Path | None
-) -> None:
+def bench_latency(engine: EngineFlags, load: Load, file: Path | None) -> None:
     """Batches one after another; what each request of a batch sees."""
     from sagellm_benchmark.serving import describe_latency
 
-    result = _measure(model, backend, options, load, describe_latency, file)
+    result = _measure(engine, load, describe_latency, file)
     Console().print(latency_table(result))
 
 
-def bench_throughput(
-    model: str | None, backend: str | None, options: dict[str, Any], load: Load, file: Path | None
-) -> None:
+def bench_throughput(engine: EngineFlags, load: Load, file: Path | None) -> None:
     """Many requests at a time; what the engine does in a second."""
     from sagellm_benchmark.serving import describe_throughput
 
-    result = _measure(model, backend, options, load, describe_throughput, file)
+    result = _measure(engine, load, describe_throughput, file)
     Console().print(throughput_table(result))
 
 
 def _measure(
-    model: str | None,
-    backend: str | None,
-    options: dict[str, Any],
+    flags: EngineFlags,
     load: Load,
     describe: Callable[[LLMEngine, Load, list[TokenTimes]], dict[str, Any]],
     file: Path | None,
 ) -> dict[str, Any]:
     _check_writable(file)
-    options = {
-        "max_batch_size": load.concurrency,
-        "max_model_len": load.input_len + load.output_len,
+    engine = make_engine(
+        flags,
+        max_batch_size=load.concurrency,
+        max_model_len=load.input_len + load.output_len,
         # A longer queue than the engine's own default is what this command is for.
-        "max_num_waiting": max(4096, load.requests),
-        **options,
-    }
-    engine = make_engine(model, backend, **options)
+        max_num_waiting=max(4096, load.requests),
+    )
     result = asyncio.run(_run(engine, load, describe))
     _write(result, file)
     return result

@@ -10,20 +10,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sagellm.cli.session import make_engine, print_quietly
+from sagellm.cli.session import make_engine
+from sagellm_core.command import print_quietly
 
 if TYPE_CHECKING:
     from sagellm_benchmark import Workload
     from sagellm_core import LLMEngine
+    from sagellm_core.options import EngineFlags
 
 
-def run_demo(workload: str, output: Path, model: str | None, backend: str | None) -> None:
+def run_demo(workload: str, output: Path, engine: EngineFlags) -> None:
     """Run the workload's scenarios one after the other and write their metrics as JSON."""
     from sagellm_benchmark import load_workload
     from sagellm_core.demo import write_results
 
     chosen = load_workload(workload)
-    results = asyncio.run(_run(make_engine(model, backend), chosen))
+    results = asyncio.run(_run(make_engine(engine), chosen))
     write_results(results, output)
     Console().print(_table(results["scenarios"]))
     print_quietly(f"metrics: {output}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import typer
 
-from sagellm.cli.session import print_quietly
+from sagellm_core.command import print_quietly
 from sagellm_protocol import InvalidArgumentError, UnavailableError
 
 _TORCH = "torch>=2.8,<2.14"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sagellm.cli.session import print_quietly
+from sagellm_core.command import print_quietly
 from sagellm_protocol import InvalidArgumentError
 
 if TYPE_CHECKING:

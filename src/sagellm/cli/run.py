@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
-from sagellm.cli.session import make_engine, metrics_line, print_quietly, sampling_from_flags, to_messages
-from sagellm_protocol import InvalidArgumentError, SamplingParams, StreamEventDelta, StreamEventEnd
+from sagellm.cli.session import end_line, make_engine, read_question, show_text
+from sagellm_core.command import print_quietly
+from sagellm_protocol import SamplingParams, StreamEventDelta, StreamEventEnd
 
 if TYPE_CHECKING:
+    from sagellm.cli.options import SamplingFlags
     from sagellm_core import LLMEngine
+    from sagellm_core.options import EngineFlags
 
 
 def run_prompt(
-    prompt: str | None,
-    model: str | None,
-    backend: str | None,
-    options: dict[str, Any],
-    preset: str | None,
-    given: dict[str, Any],
-    *,
-    raw: bool,
-    system: str | None,
-    as_json: bool,
+    prompt: str | None, engine: EngineFlags, sampling: SamplingFlags, *, raw: bool, system: str | None, as_json: bool
 ) -> None:
     """Answer `prompt` (or standard input) and print the answer; see `sage-llm run --help`."""
-    sampling = sampling_from_flags(preset, given)
-    if raw and system is not None:
-        raise InvalidArgumentError("--system needs the chat template, which --raw leaves out; drop one of them")
-    text = _read_stdin() if prompt is None else prompt
-    messages = to_messages(text, system)
-    engine = make_engine(model, backend, **options)
+    params = sampling.sampling()
+    text, messages = read_question(prompt, raw=raw, system=system)
     source: dict[str, Any] = {"prompt_or_request": text} if raw else {"messages": messages}
-    asyncio.run(_answer(engine, source, sampling, as_json=as_json))
-
-
-def _read_stdin() -> str:
-    if sys.stdin.isatty():
-        print_quietly("Type the prompt and end it with Ctrl-D.")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(f"standard input is not UTF-8: byte {error.start} is wrong; convert it") from error
+    asyncio.run(_answer(make_engine(engine), source, params, as_json=as_json))
 
 
 async def _answer(engine: LLMEngine, source: dict[str, Any], sampling: SamplingParams, *, as_json: bool) -> None:
@@ -53,8 +33,7 @@ async def _answer(engine: LLMEngine, source: dict[str, Any], sampling: SamplingP
             source = {"prompt_or_request": "\n\n".join(message["content"] for message in source["messages"])}
         async for event in engine.stream(**source, sampling_params=sampling):
             if isinstance(event, StreamEventDelta) and not as_json and event.index == 0:
-                sys.stdout.write(event.chunk)
-                sys.stdout.flush()
+                show_text(event.chunk)
             elif isinstance(event, StreamEventEnd):
                 _print_end(event, as_json=as_json)
 
@@ -67,4 +46,4 @@ def _print_end(event: StreamEventEnd, *, as_json: bool) -> None:
     if event.error is not None:
         raise event.error.to_exception()
     if not as_json:
-        print_quietly(metrics_line(event.metrics, event.usage))
+        print_quietly(end_line(event))

@@ -1,37 +1,66 @@
-"""`sage-llm serve` and `sage-llm gateway`: a model behind the OpenAI API."""
+"""`sage-llm serve` and `sage-llm gateway`: models behind the OpenAI API."""
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import fields
 
-from sagellm.cli.session import make_engine, print_quietly
+from sagellm.cli.session import engine_of, make_engine
+from sagellm.config import load_user_config
+from sagellm_core.command import print_quietly
+from sagellm_core.options import EngineFlags
+from sagellm_gateway.options import EnginesFlags, ServerFlags
+from sagellm_protocol import InvalidArgumentError
+
+_ENGINE_ONLY = ("host", "port", "name", "tls_cert", "tls_key")
 
 
-def serve_model(
-    model: str | None,
-    backend: str | None,
-    options: dict[str, Any],
-    *,
-    host: str,
-    port: int,
-    engine_only: bool,
-) -> None:
-    """Load the model and serve it until Ctrl-C or SIGTERM."""
-    engine = make_engine(model, backend, **options)
-    name = engine.config.model_path
-    from sagellm_control_plane import ControlPlaneManager
+def serve_model(flags: EngineFlags, server: ServerFlags) -> None:
+    """Load one model and serve it until Ctrl-C or SIGTERM."""
+    config = load_user_config()
+    backend, engine = config.backend_and_engine(model=flags.model, backend=flags.backend, **flags.options())
+    from sagellm_gateway.launch import launch, make_plan
+
+    launch(make_plan(EnginesFlags(), server, backend=backend, engine=engine), make_engine=engine_of)
+
+
+def serve_many(engines: EnginesFlags, server: ServerFlags) -> None:
+    """Load the models of a file or of flags, or the configured one, and serve them."""
+    backend, engine = load_user_config().backend_and_engine(backend=engines.backend)
+    from sagellm_gateway.launch import launch, make_plan
+
+    launch(make_plan(engines, server, backend=backend, engine=engine), make_engine=engine_of)
+
+
+def serve_engine_only(flags: EngineFlags, server: ServerFlags) -> None:
+    """Serve one engine's own API: no keys, no limits, no other API."""
+    given = [field.name for field in fields(server) if getattr(server, field.name) not in (None, False, [])]
+    if refused := [name for name in given if name not in _ENGINE_ONLY]:
+        flag = f"--{refused[0].replace('_', '-')}"
+        raise InvalidArgumentError(f"{flag} is for the gateway, which --engine-only leaves out; drop one of them")
+    engine = make_engine(flags)
     from sagellm_core.engine_server import create_engine_app
-    from sagellm_core.serving import run_server
-    from sagellm_gateway import create_app
+    from sagellm_core.server_panel import ServerPanel, engine_rows, url_to_call
+    from sagellm_core.server_registry import registered
+    from sagellm_core.serving import ServerOptions, run_server
 
-    manager = ControlPlaneManager(scheduling_policy="adaptive")
-    manager.register_engine(engine)
-    app = create_engine_app(lambda: engine) if engine_only else create_app(manager, default_model=name)
-    start = engine.start if engine_only else manager.start
+    model = engine.config.model_path
+    with ExitStack() as stack:
 
-    def announce(url: str) -> None:
-        print_quietly(f"Serving {name} at {url}{'' if engine_only else '/v1'} (Ctrl-C stops)")
+        def announce(url: str) -> None:
+            call = url_to_call(url)
+            name = stack.enter_context(registered(kind="engine", url=call, models=[model], name=server.name))
+            stop = ("stop", "Ctrl-C" if name is None else f"Ctrl-C, or sage-llm stop {name}")
+            example = f"""curl {call}/v1/completions -d '{{"model": "default", "prompt": "Hello"}}'"""
+            ServerPanel([model], call, [*engine_rows([engine.get_info()]), stop], example).show()
 
-    print_quietly(f"Loading {name} …")
-    run_server(app, host, port, start=start, announce=announce)
+        print_quietly(f"Loading {model} …")
+        run_server(
+            create_engine_app(lambda: engine),
+            "127.0.0.1" if server.host is None else server.host,
+            8000 if server.port is None else server.port,
+            start=engine.start,
+            announce=announce,
+            options=ServerOptions(tls_cert=server.tls_cert, tls_key=server.tls_key),
+        )
     print_quietly("Stopped.")

@@ -32,6 +32,9 @@ class EngineStats:
     prefix_query_tokens: int
     prefix_hit_tokens: int
     evict_count: int
+    num_prompt_tokens: int = 0  # of all requests taken since the start
+    num_output_tokens: int = 0  # sampled since the start
+    block_size: int = 0  # tokens a block holds
 
 
 class EngineCore:
@@ -63,10 +66,13 @@ class EngineCore:
             clock,
         )
         self.num_steps = 0
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Queue a request; raises `InvalidArgumentError` or `ResourceExhaustedError`."""
         self.scheduler.add_request(request)
+        self.num_prompt_tokens += len(request.prompt_token_ids)
 
     def abort_request(self, request_id: str) -> EngineCoreOutput | None:
         """End a request now and free its blocks; None where it has ended already."""
@@ -87,7 +93,9 @@ class EngineCore:
         except Exception as error:
             logger.exception("step %d failed", output.step_id)
             return self.scheduler.fail_step(as_protocol_error(error).to_error())
-        return self.scheduler.update_from_output(result)
+        outputs = self.scheduler.update_from_output(result)
+        self.num_output_tokens += sum(len(output.new_token_ids) for output in outputs)
+        return outputs
 
     def stats(self) -> EngineStats:
         """Counters of scheduler and cache."""
@@ -103,6 +111,9 @@ class EngineCore:
             prefix_query_tokens=cache.prefix_query_tokens,
             prefix_hit_tokens=cache.prefix_hit_tokens,
             evict_count=cache.evict_count,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
+            block_size=self.kv_cache.block_size,
         )
 
     def shutdown(self) -> None:

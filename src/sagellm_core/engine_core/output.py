@@ -20,6 +20,8 @@ from sagellm_protocol import BatchType
 if TYPE_CHECKING:
     import torch
 
+    from sagellm_core.models.pooling import Pooling
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
@@ -32,6 +34,7 @@ class ScheduledRequest:
     num_scheduled_tokens: int
     sampling_row: SamplingRow | None
     want_hidden_states: bool = False
+    pooling: Pooling | None = None
     prompt_logprob_targets: tuple[int, ...] = ()
     num_prompt_logprobs: int = 0
 
@@ -58,6 +61,10 @@ class SchedulerOutput:
     def num_scheduled_tokens(self) -> int:
         return len(self.input_ids)
 
+    def with_starts(self) -> list[tuple[ScheduledRequest, int]]:
+        """Each scheduled request with the row of its first token."""
+        return list(zip(self.scheduled, self.query_start_loc[:-1].tolist(), strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRunnerOutput:
@@ -67,4 +74,6 @@ class ModelRunnerOutput:
     sampled_token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     hidden_states: dict[str, torch.Tensor] = field(default_factory=dict)  # request -> [its tokens, H]
+    pooled: dict[str, torch.Tensor] = field(default_factory=dict)  # request -> [H] float64, of its tokens in this step
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    fallback_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # place in the lists -> see SamplingRow

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from sagellm_core.sampling.logprobs import TokenLogprobs
+    from sagellm_core.structured import GrammarMatcher
     from sagellm_kv_cache import Block
 
 
@@ -43,13 +44,19 @@ class EngineRequest:
     blocks: list[Block] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     hidden_states: list[torch.Tensor] = field(default_factory=list)
+    pooled: torch.Tensor | None = None  # of the tokens computed so far
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    matcher: GrammarMatcher | None = None  # where the output stands in `core.grammar`
 
     @classmethod
     def from_core(cls, core: EngineCoreRequest, sequence_number: int, now: float) -> EngineRequest:
         token_ids = list(core.prompt_token_ids)
         timings = RequestTimings(queued_at=now)
-        return cls(core, sequence_number, token_ids, len(token_ids), timings)
+        request = cls(core, sequence_number, token_ids, len(token_ids), timings)
+        if core.grammar is not None:
+            emitted = token_ids[len(token_ids) - core.sampled_prefix_len :]
+            request.matcher = core.grammar.start(core.sampling.max_tokens, emitted)
+        return request
 
     @property
     def request_id(self) -> str:

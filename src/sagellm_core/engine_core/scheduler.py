@@ -18,12 +18,15 @@ from sagellm_core.engine_core.request import EngineRequest, RequestStatus
 from sagellm_core.engine_core.step_input import build_scheduler_output
 from sagellm_core.engine_core.stop import check_stop
 from sagellm_core.engine_core.types import EngineCoreOutput, EngineCoreRequest
+from sagellm_core.pooled import join_pooled
 from sagellm_core.sampling.logprobs import TokenLogprobs
 from sagellm_kv_cache import Block, BlockTables, KVCacheManager
-from sagellm_protocol import Error, FinishReason, InvalidArgumentError, ResourceExhaustedError
+from sagellm_protocol import Error, FinishReason, InvalidArgumentError, ResourceExhaustedError, SageLLMError
 
 if TYPE_CHECKING:
     import torch
+
+    from sagellm_core.structured import GrammarMatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +88,12 @@ class Scheduler:
         if core.request_id in self.requests:
             raise InvalidArgumentError(f"request_id {core.request_id!r} is already running; use a fresh id")
         num_prompt_tokens = len(core.prompt_token_ids)
-        if not 0 < num_prompt_tokens < self.limits.max_model_len:
+        # Where something is generated, it needs at least one place.
+        most = self.limits.max_model_len - (core.pooling is None)
+        if not 0 < num_prompt_tokens <= most:
             raise InvalidArgumentError(
-                f"the prompt has {num_prompt_tokens} tokens; the engine takes 1 to {self.limits.max_model_len - 1} "
-                "(max_model_len - 1); shorten it or raise max_model_len",
+                f"the prompt has {num_prompt_tokens} tokens; the engine takes 1 to {most}; shorten it or raise "
+                "max_model_len",
                 field="prompt",
             )
         if len(self.waiting) >= self.limits.max_num_waiting:
@@ -218,6 +223,7 @@ class Scheduler:
         self._release(request)
         request.num_computed_tokens = 0
         request.hidden_states.clear()
+        request.pooled = None
         request.prompt_logprobs.clear()
         request.status = RequestStatus.PREEMPTED
         request.timings.num_preemptions += 1
@@ -236,16 +242,26 @@ class Scheduler:
         """Take in what the step produced: advance, append tokens, register full blocks, end what is done."""
         now = self.clock()
         outputs: list[EngineCoreOutput] = []
-        sampled = zip(result.sampled_token_ids, result.logprobs, strict=True)
+        sampled = enumerate(zip(result.sampled_token_ids, result.logprobs, strict=True))
         for request, num_tokens in self._in_flight:
             request.num_computed_tokens += num_tokens
             self.kv_cache.cache_full_blocks(request)
             if request.request_id in result.hidden_states:
                 request.hidden_states.append(result.hidden_states[request.request_id])
             request.prompt_logprobs += result.prompt_logprobs.get(request.request_id, [])
-            if request.num_computed_tokens == request.num_tokens:
-                token_id, logprobs = next(sampled)
-                outputs.append(self._append_token(request, token_id, logprobs, now))
+            pooling = request.core.pooling
+            if pooling is not None:
+                request.pooled = join_pooled(pooling, request.pooled, result.pooled[request.request_id])
+                if request.num_computed_tokens == request.num_tokens:
+                    self.running.remove(request)
+                    outputs.append(self._finish(request, _NewTokens(), FinishReason.STOP, None, None))
+            elif request.num_computed_tokens == request.num_tokens:
+                place, (token_id, logprobs) = next(sampled)
+                if request.matcher is None:
+                    outputs.append(self._append_token(request, token_id, logprobs, now))
+                else:
+                    fallback = result.fallback_logprobs.get(place)
+                    outputs.append(self._append_accepted(request, request.matcher, token_id, logprobs, fallback, now))
         self._in_flight = []
         return outputs
 
@@ -255,6 +271,26 @@ class Scheduler:
         self._in_flight = []
         outputs = [self.finish_request(request_id, FinishReason.ERROR, error) for request_id in failed]
         return [output for output in outputs if output is not None]
+
+    def _append_accepted(
+        self,
+        request: EngineRequest,
+        matcher: GrammarMatcher,
+        token_id: int,
+        logprobs: TokenLogprobs | None,
+        fallback: TokenLogprobs | None,
+        now: float,
+    ) -> EngineCoreOutput:
+        """Append the token if the request's grammar takes it, else the one that it puts in its place."""
+        room = min(
+            request.core.sampling.max_tokens - request.num_output_tokens, self.limits.max_model_len - request.num_tokens
+        )
+        try:
+            accepted = matcher.accept(token_id, room - 1)
+        except SageLLMError as error:
+            self.running.remove(request)
+            return self._finish(request, _NewTokens(), FinishReason.ERROR, None, error.to_error())
+        return self._append_token(request, accepted, logprobs if accepted == token_id else fallback, now)
 
     def _append_token(
         self, request: EngineRequest, token_id: int, logprobs: TokenLogprobs | None, now: float
@@ -320,6 +356,7 @@ class _NewTokens:
             stop_reason=stop_reason,
             logprobs=self.logprobs,
             hidden_states=_concatenate(request) if reason is not None else None,
+            pooled=request.pooled if reason is not None else None,
             num_cached_tokens=request.timings.num_cached_tokens,
             kv_used_tokens=request.num_computed_tokens,
             prompt_logprobs=[None, *request.prompt_logprobs] if is_first and request.prompt_logprobs else None,

@@ -45,7 +45,7 @@ def build_scheduler_output(
             slot_mapping += (blocks[p // block_size].block_id * block_size + p % block_size for p in range(start, end))
         query_start_loc.append(len(input_ids))
         context_lens.append(end)
-        wants_sample = end == len(token_ids)
+        wants_sample = end == len(token_ids) and request.core.pooling is None
         if wants_sample:
             logits_indices.append(len(input_ids) - 1)
         requests.append(_scheduled_request(request, num_tokens, wants_sample=wants_sample))
@@ -77,8 +77,9 @@ def _scheduled_request(request: EngineRequest, num_tokens: int, *, wants_sample:
     return ScheduledRequest(
         request_id=core.request_id,
         num_scheduled_tokens=num_tokens,
-        sampling_row=SamplingRow.from_request(core, request.token_ids) if wants_sample else None,
+        sampling_row=SamplingRow.from_request(core, request.token_ids, request.matcher) if wants_sample else None,
         want_hidden_states=core.want_hidden_states,
+        pooling=core.pooling,
         prompt_logprob_targets=targets,
         num_prompt_logprobs=core.sampling.prompt_logprobs or 0,
     )

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sagellm_core.models.pooling import Pooling
     from sagellm_core.sampling.logprobs import TokenLogprobs
+    from sagellm_core.structured import Grammar
     from sagellm_protocol.errors import Error
     from sagellm_protocol.response import FinishReason
     from sagellm_protocol.sampling import SamplingParams
@@ -46,10 +48,12 @@ class EngineCoreRequest:
     lora_id: str | None = None
     read_prefix_cache: bool = True  # False: compute the whole prompt (e.g. its hidden states are wanted)
     want_hidden_states: bool = False  # fill EngineCoreOutput.hidden_states
+    pooling: Pooling | None = None  # sample nothing; fill EngineCoreOutput.pooled and end
     seed: int = 0  # key of the random numbers, always concrete; 0 <= seed < 2**64
     choice_index: int = 0  # which of the n outputs this is; beam search returns its hypothesis of this rank
     sampled_prefix_len: int = 0  # trailing prompt ids that were generated earlier: see above
     processed_logprobs: bool = False  # logprobs after bias, masks and penalties (no temperature), not the raw ones
+    grammar: Grammar | None = None  # the form of the output; of this process, the one field that cannot be pickled
 
 
 @dataclass(slots=True)
@@ -92,6 +96,7 @@ class EngineCoreOutput:
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it; None for eos and length
     logprobs: Sequence[TokenLogprobs] | None = None  # one a new token, if the request asked
     hidden_states: Tensor | None = None  # [rows, hidden_size], see above
+    pooled: Tensor | None = None  # [hidden_size] float64, on the CPU: see `sagellm_core.pooled`
     num_cached_tokens: int = 0
     kv_used_tokens: int = 0
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # first entry None: nothing precedes the first token

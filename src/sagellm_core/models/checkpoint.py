@@ -28,6 +28,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "read_json",
+    "read_json_list",
     "read_safetensors_header",
     "safetensors_files",
 ]
@@ -136,13 +137,25 @@ def safetensors_files(path: Path) -> list[Path]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises `InvalidArgumentError` where it is none."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InvalidArgumentError(f"{file}: cannot be read as JSON ({error}); download the file again") from error
+    values = _read_json(file)
     if not isinstance(values, dict):
         raise InvalidArgumentError(f"{file}: must hold a JSON object; download the file again")
     return values
+
+
+def read_json_list(file: Path) -> list[Any]:
+    """The list in a JSON file; raises `InvalidArgumentError` where it is none."""
+    values = _read_json(file)
+    if not isinstance(values, list):
+        raise InvalidArgumentError(f"{file}: must hold a JSON list; download the file again")
+    return values
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"{file}: cannot be read as JSON ({error}); download the file again") from error
 
 
 def _indexed_files(path: Path) -> list[Path]:

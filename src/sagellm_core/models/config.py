@@ -12,6 +12,7 @@ from sagellm_protocol.errors import InvalidArgumentError, NotFoundError, Unsuppo
 
 from .checkpoint import SafetensorsCheckpoint, read_json
 from .hf_config import HFConfig
+from .pooling import PoolingSpec, read_pooling
 from .registry import architecture_of, get_family
 from .spec import DecoderSpec
 
@@ -29,7 +30,8 @@ class ModelConfig:
     """Everything that a model's files say besides its weights.
 
     `path` is the folder or the `.gguf` file, `dtype` what the weights are meant to be held in, `max_model_len` the
-    positions that the model can reach, `generation_config` the object of generation_config.json (empty without one).
+    positions that the model can reach, `generation_config` the object of generation_config.json (empty without one),
+    `pooling` how vectors of texts are made.
     Ids of end-of-sequence tokens come from generation_config.json first, then from config.json.
     """
 
@@ -41,6 +43,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    pooling: PoolingSpec = PoolingSpec("last")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -82,6 +85,7 @@ def read_model_config(path: str | Path) -> ModelConfig:
         bos_token_id=_first(_token_ids(config, generation_config, "bos_token_id")),
         eos_token_ids=_token_ids(config, generation_config, "eos_token_id"),
         generation_config=generation_config,
+        pooling=read_pooling(path, "last"),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from sagellm_core.engine_core.types import EngineCoreRequest
 from sagellm_core.sampling import rng
 from sagellm_protocol.sampling import DecodingStrategy, SamplingParams
+
+if TYPE_CHECKING:
+    from sagellm_core.structured import GrammarMatcher
 
 # Below this a division would leave float32; the limit of temperature -> 0 is the most probable token anyway.
 MIN_TEMPERATURE = 1e-5
@@ -27,8 +30,9 @@ class SamplingRow:
     """One row of logits: whose it is and how its token is chosen.
 
     `position` is the index in prompt + output of the token to draw. `banned_token_ids` get no probability (stop tokens
-    while `min_tokens` is not reached); with `allowed_token_ids` all others get none. `processed_logprobs` reports the
-    distribution after bias, masks and penalties instead of the model's own.
+    while `min_tokens` is not reached); with `allowed_token_ids` all others get none. `mask` allows the tokens whose
+    bits are set (see `GrammarMatcher.allowed`) and wins over all else. `processed_logprobs` reports the distribution
+    after bias, masks and penalties instead of the model's own; `fallback_token_id` is a second token to report.
     """
 
     sampling: SamplingParams
@@ -39,9 +43,13 @@ class SamplingRow:
     banned_token_ids: Sequence[int] = ()
     allowed_token_ids: Sequence[int] | None = None
     processed_logprobs: bool = False
+    mask: NDArray[np.int32] | None = None
+    fallback_token_id: int | None = None
 
     @classmethod
-    def from_request(cls, request: EngineCoreRequest, token_ids: Sequence[int]) -> SamplingRow:
+    def from_request(
+        cls, request: EngineCoreRequest, token_ids: Sequence[int], matcher: GrammarMatcher | None = None
+    ) -> SamplingRow:
         """The row that draws the token after `token_ids`, which is the request's prompt and output so far."""
         sampling = request.sampling
         num_prompt_tokens = len(request.prompt_token_ids) - request.sampled_prefix_len
@@ -52,6 +60,11 @@ class SamplingRow:
             prompt, output = tuple(token_ids[:num_prompt_tokens]), tuple(token_ids[num_prompt_tokens:])
         if len(token_ids) - num_prompt_tokens < sampling.min_tokens:
             banned = tuple(sorted(stop_ids(request)))
+        mask, fallback = None, None
+        if matcher is not None:
+            held_back = {*banned, *(request.eos_token_ids if sampling.ignore_eos else ())}
+            mask, banned = _mask_without(matcher.allowed, held_back) if held_back else matcher.allowed, ()
+            fallback = None if sampling.logprobs is None else matcher.fallback_token_id
         return cls(
             sampling=sampling,
             seed=request.seed,
@@ -60,6 +73,8 @@ class SamplingRow:
             output_token_ids=output,
             banned_token_ids=banned,
             processed_logprobs=request.processed_logprobs,
+            mask=mask,
+            fallback_token_id=fallback,
         )
 
     @property
@@ -76,6 +91,7 @@ class SamplingRow:
             self.banned_token_ids
             or sampling.logit_bias
             or self.allowed_token_ids is not None
+            or self.mask is not None
             or _reads_token_ids(sampling)
         )
 
@@ -83,6 +99,14 @@ class SamplingRow:
     def takes_most_probable(self) -> bool:
         """Whether the row wants nothing but its most probable token: no edits of logits, no log-probabilities."""
         return self.is_greedy and self.sampling.logprobs is None and not self.edits_logits
+
+
+def _mask_without(mask: NDArray[np.int32], token_ids: Iterable[int]) -> NDArray[np.int32]:
+    """The mask less some tokens, unless they are all that it allows."""
+    words = mask.view(np.uint32).copy()
+    for token_id in token_ids:
+        words[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
+    return words.view(np.int32) if words.any() else mask
 
 
 def stop_ids(request: EngineCoreRequest) -> frozenset[int]:
@@ -122,12 +146,14 @@ class SamplingMetadata:
     allowed: dict[int, NDArray[np.int64]]  # row -> the only token ids with a probability
     repetition: LogitEdits  # penalty of each prompt and output token; duplicates are equal
     additive: LogitEdits  # presence and frequency penalty of each distinct output token, subtracted
+    masks: dict[int, NDArray[np.int32]]  # row -> bits of the tokens with a probability
+    fallbacks: dict[int, int]  # row -> a token to report beside the one drawn
 
     @property
     def edits_logits(self) -> bool:
         """Whether any row's logits differ from the model's."""
         edits = (self.bias, self.banned, self.repetition, self.additive)
-        return bool(self.allowed) or any(len(edit) for edit in edits)
+        return bool(self.allowed) or bool(self.masks) or any(len(edit) for edit in edits)
 
     @classmethod
     def from_requests(cls, rows: Sequence[SamplingRow]) -> SamplingMetadata:
@@ -149,6 +175,8 @@ class SamplingMetadata:
             },
             repetition=_repetition(edited),
             additive=_additive(edited),
+            masks={i: row.mask for i, row in edited if row.mask is not None},
+            fallbacks={i: row.fallback_token_id for i, row in edited if row.fallback_token_id is not None},
         )
 
 

@@ -15,7 +15,7 @@ from sagellm_core.sampling.metadata import LogitEdits, SamplingMetadata
 
 
 def process_logits(logits: Tensor, meta: SamplingMetadata) -> None:
-    """Apply, in this order: logit bias, banned tokens, allowed tokens, repetition, then presence and frequency."""
+    """Apply, in this order: bias, banned and allowed tokens, repetition, presence and frequency penalties, masks."""
     if len(meta.bias):
         apply_bias(logits, meta.bias)
     if len(meta.banned):
@@ -26,6 +26,8 @@ def process_logits(logits: Tensor, meta: SamplingMetadata) -> None:
         apply_repetition_penalty(logits, meta.repetition)
     if len(meta.additive):
         apply_additive_penalties(logits, meta.additive)
+    for row, mask in meta.masks.items():
+        apply_mask(logits[row], mask)
 
 
 def apply_bias(logits: Tensor, bias: LogitEdits) -> None:
@@ -65,6 +67,12 @@ def apply_additive_penalties(logits: Tensor, penalties: LogitEdits) -> None:
     """logit -= presence * [count > 0] + frequency * count, counts over the output alone (the OpenAI API's formula)."""
     rows, token_ids, amounts = _inside(logits, penalties)
     logits[rows, token_ids] -= amounts
+
+
+def apply_mask(logits: Tensor, mask: NDArray[np.int32]) -> None:
+    """Logit = -inf for tokens of one row [V] whose bit is not set in `mask`, lowest bit first."""
+    bits = np.unpackbits(mask.view(np.uint8), count=logits.shape[-1], bitorder="little")
+    logits.masked_fill_(torch.from_numpy(bits == 0).to(logits.device), -torch.inf)
 
 
 def _inside(logits: Tensor, edits: LogitEdits) -> tuple[Tensor, Tensor, Tensor]:

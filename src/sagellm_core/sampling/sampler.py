@@ -1,6 +1,6 @@
 """The sampler: logits of a step in, one token for each row out.
 
-Order of processing: logit bias -> banned and allowed tokens -> repetition, presence and frequency penalties ->
+Order of processing: logit bias -> banned and allowed tokens -> repetition, presence and frequency penalties -> mask ->
 temperature -> top-k -> top-p -> min-p -> inverse CDF with one uniform of (seed, position). Greedy rows stop after the
 penalties. From the temperature on it is one op of the backend, `sagellm_backend.reference.sample_tokens`. A row's path
 depends on its own parameters and logits alone, hence so does its token, bit for bit.
@@ -9,7 +9,7 @@ depends on its own parameters and logits alone, hence so does its token, bit for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ from sagellm_core.sampling.penalties import process_logits
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
-    """One token for each row, and log-probabilities for the rows that asked."""
+    """One token for each row, and log-probabilities for the rows that asked; by row, those of their fallback tokens."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+    fallback_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
 
 class Sampler:
@@ -59,7 +60,7 @@ class Sampler:
             )
             for report, entry in zip(meta.reports, found, strict=True):
                 logprobs[report.row] = entry
-        return SamplerOutput(token_ids, logprobs)
+        return SamplerOutput(token_ids, logprobs, _fallback_logprobs(reported, meta) if meta.fallbacks else {})
 
 
 def _logits_to_report(logits: Tensor, meta: SamplingMetadata) -> Tensor:
@@ -75,6 +76,17 @@ def _add_processed(reported: Tensor, logits: Tensor, meta: SamplingMetadata) -> 
     for i, report in enumerate(meta.reports):
         if report.processed:
             reported[i] = logits[report.row]
+
+
+def _fallback_logprobs(reported: Tensor, meta: SamplingMetadata) -> dict[int, TokenLogprobs]:
+    """What the rows with a second token to report say of it; `reported` are the rows of `meta.reports`."""
+    picked = [(i, report) for i, report in enumerate(meta.reports) if report.row in meta.fallbacks]
+    found = gather_logprobs(
+        reported[[i for i, _ in picked]],
+        [meta.fallbacks[report.row] for _, report in picked],
+        [report.num_top for _, report in picked],
+    )
+    return {report.row: entry for (_, report), entry in zip(picked, found, strict=True)}
 
 
 def _rows_of(logits: Tensor, rows: Sequence[int]) -> Tensor:

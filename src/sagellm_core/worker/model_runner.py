@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sagellm_backend import AttentionMetadata, BackendProvider, StepWants
-from sagellm_core.engine_core.output import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from sagellm_core.engine_core.output import ModelRunnerOutput, SchedulerOutput
 from sagellm_core.models.decoder import CausalLM
+from sagellm_core.pooled import pool_step
 from sagellm_core.sampling.logprobs import TokenLogprobs, gather_logprobs
 from sagellm_core.sampling.metadata import SamplingMetadata
 from sagellm_core.sampling.sampler import Sampler, SamplerOutput
@@ -34,7 +35,10 @@ class ModelRunner:
         """Compute KV and hidden states of the scheduled tokens, and one token for each request that wants it."""
         rows = [request.sampling_row for request in output.scheduled if request.sampling_row is not None]
         want = StepWants(
-            hidden=any(request.want_hidden_states or request.prompt_logprob_targets for request in output.scheduled),
+            hidden=any(
+                request.want_hidden_states or request.pooling or request.prompt_logprob_targets
+                for request in output.scheduled
+            ),
             only_best=all(row.takes_most_probable for row in rows),
         )
         computed = self._run_step(
@@ -52,7 +56,9 @@ class ModelRunner:
             sampled_token_ids=sampled.token_ids,
             logprobs=sampled.logprobs,
             hidden_states={} if hidden is None else self._hidden_states(output, hidden),
+            pooled={} if hidden is None else pool_step(output, hidden),
             prompt_logprobs={} if hidden is None else self._prompt_logprobs(output, hidden),
+            fallback_logprobs=sampled.fallback_logprobs,
         )
 
     def _attention_metadata(self, output: SchedulerOutput) -> AttentionMetadata:
@@ -75,14 +81,14 @@ class ModelRunner:
     def _hidden_states(self, output: SchedulerOutput, hidden: Tensor) -> dict[str, Tensor]:
         return {
             request.request_id: hidden[start : start + request.num_scheduled_tokens].cpu()
-            for request, start in _with_starts(output)
+            for request, start in output.with_starts()
             if request.want_hidden_states
         }
 
     def _prompt_logprobs(self, output: SchedulerOutput, hidden: Tensor) -> dict[str, list[TokenLogprobs]]:
         """Logprob of each prompt token given those before it, for the requests that ask."""
         found: dict[str, list[TokenLogprobs]] = {}
-        for request, start in _with_starts(output):
+        for request, start in output.with_starts():
             targets = request.prompt_logprob_targets
             for first in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
                 part = targets[first : first + _PROMPT_LOGPROB_ROWS]
@@ -90,8 +96,3 @@ class ModelRunner:
                 counts = [request.num_prompt_logprobs] * len(part)
                 found.setdefault(request.request_id, []).extend(gather_logprobs(logits, part, counts))
         return found
-
-
-def _with_starts(output: SchedulerOutput) -> list[tuple[ScheduledRequest, int]]:
-    """Each scheduled request with the row of its first token."""
-    return list(zip(output.scheduled, output.query_start_loc[:-1].tolist(), strict=True))

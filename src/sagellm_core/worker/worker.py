@@ -84,6 +84,7 @@ class Worker:
         return {
             "backend": self.provider.kind,
             "device": str(self.provider.device),
+            "device_name": self.provider.capability().device_name,
             "weight_dtype": str(model.weight_dtype).removeprefix("torch."),
             "weight_bytes": model.weight_bytes,
             "weight_formats": model.weight_formats,

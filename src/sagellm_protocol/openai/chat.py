@@ -32,21 +32,6 @@ class NamedToolChoice(EdgeModel):
     function: ToolChoiceFunction
 
 
-class ResponseFormat(EdgeModel):
-    """The form the answer must have; ``json_schema`` carries the schema object for type "json_schema"."""
-
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    json_schema: dict[str, JsonValue] | None = None
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise InvalidArgumentError(
-                "json_schema belongs to type 'json_schema'; give both or neither", field="json_schema"
-            )
-        return self
-
-
 class ChatCompletionRequest(GenerationRequest):
     """The body of a chat request.
 
@@ -63,7 +48,6 @@ class ChatCompletionRequest(GenerationRequest):
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     reasoning_effort: str | None = Field(default=None, max_length=32)
     chat_template_kwargs: dict[str, JsonValue] | None = None
 
@@ -82,6 +66,7 @@ class ChatCompletionRequest(GenerationRequest):
         self._check_stream_options()
         self._check_tool_choice()
         _ = self._sampling
+        self.to_structured_output()
         return self
 
     def _check_tool_choice(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field, Json, JsonValue, model_validator
 
 from sagellm_protocol.errors import ErrorCode, InvalidArgumentError, SageLLMError
 from sagellm_protocol.fields import (
@@ -30,6 +30,10 @@ from sagellm_protocol.model import EdgeModel, ProtocolModel
 from sagellm_protocol.request import Priority, Request, RequestPriority
 from sagellm_protocol.response import Usage
 from sagellm_protocol.sampling import DecodingStrategy, SamplingParams
+from sagellm_protocol.structured import StructuredOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAX_PROMPTS = 1024
 
@@ -45,6 +49,40 @@ class StreamOptions(EdgeModel):
 
     include_usage: bool = Field(default=False, description="Send a last chunk with the usage and no choices.")
     include_obfuscation: bool | None = None
+
+
+class JsonSchemaFormat(EdgeModel):
+    """A named JSON Schema; ``strict`` and ``description`` change nothing: a schema is always kept to."""
+
+    name: str | None = Field(default=None, max_length=256)
+    description: str | None = None
+    json_schema: dict[str, JsonValue] = Field(alias="schema", description="The JSON Schema.")
+    strict: bool | None = None
+
+
+class ResponseFormat(EdgeModel):
+    """The form the answer must have; ``json_schema`` belongs to type "json_schema"."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidArgumentError(
+                "json_schema belongs to type 'json_schema'; give both or neither", field="json_schema"
+            )
+        return self
+
+
+class StructuredOutputs(EdgeModel):
+    """The form the answer must have, by vLLM's names."""
+
+    json_schema: dict[str, JsonValue] | Json[dict[str, JsonValue]] | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
 
 class GenerationRequest(EdgeModel):
@@ -72,7 +110,13 @@ class GenerationRequest(EdgeModel):
     safety_identifier: str | None = Field(default=None, max_length=512)
     prompt_cache_key: str | None = Field(default=None, max_length=512)
     user: str | None = Field(default=None, max_length=512)
+    response_format: ResponseFormat | None = None
 
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, JsonValue] | Json[dict[str, JsonValue]] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     strategy: DecodingStrategy | None = None
     top_k: TopK | None = None
     min_p: MinP | None = None
@@ -99,9 +143,33 @@ class GenerationRequest(EdgeModel):
                 "stream_options needs stream; set stream to true or leave stream_options out", field="stream_options"
             )
 
+    def to_structured_output(self) -> StructuredOutput | None:
+        """Return the form that the body asks for, under whichever name; raises InvalidArgumentError for two of them."""
+        wanted: dict[str, dict[str, Any]] = {}
+        if self.response_format is not None and self.response_format.type != "text":
+            schema = self.response_format.json_schema
+            wanted["response_format"] = {"json_object": True} if schema is None else {"json_schema": schema.json_schema}
+        if self.structured_outputs is not None:
+            wanted["structured_outputs"] = self.structured_outputs.given()
+        for name, kind in _GUIDED_FIELDS.items():
+            value = getattr(self, name)
+            if value is not None:
+                wanted[name] = {kind: value}
+        if not wanted:
+            return None
+        (field, values), *others = wanted.items()
+        if others:
+            raise InvalidArgumentError(
+                f"{field} and {others[0][0]} both say what form the answer has; give only one", field=others[0][0]
+            )
+        return StructuredOutput(**values)
+
     def _to_request(self, **source: Any) -> Request:
         """Return the protocol's request with the shared fields and ``source`` (prompt or messages, sampling, ids)."""
         shared = {name: getattr(self, name) for name in _REQUEST_FIELDS}
+        form = self.to_structured_output()
+        if form is not None:
+            shared["structured_output"] = form
         return Request(**{**shared, **source, "stream": bool(self.stream)})
 
     def _given_sampling(self, **further: Any) -> SamplingParams:
@@ -111,6 +179,12 @@ class GenerationRequest(EdgeModel):
         return SamplingParams(**{name: value for name, value in values.items() if value is not None and value != ()})
 
 
+_GUIDED_FIELDS = {
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
 _REQUEST_FIELDS = ("model", "priority", "session_id", "cache_salt", "lora", "kv_budget_tokens", "metadata")
 _SAMPLING_FIELDS = tuple(name for name in SamplingParams.model_fields if name in GenerationRequest.model_fields)
 

@@ -55,8 +55,15 @@ class CompletionRequest(GenerationRequest):
             raise InvalidArgumentError(
                 f"best_of must equal n ({self.n or 1}), got {self.best_of}; leave it out", field="best_of"
             )
+        num_choices = len(self.prompts) * (self.n or 1)
+        if num_choices > MAX_PROMPTS:
+            raise InvalidArgumentError(
+                f"n times the number of prompts must be <= {MAX_PROMPTS}, got {num_choices}; send several requests",
+                field="n",
+            )
         self._check_stream_options()
         self.to_sampling_params()
+        self.to_structured_output()
         return self
 
     @property
