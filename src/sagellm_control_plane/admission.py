@@ -13,8 +13,10 @@ from sagellm_control_plane.config import PDSeparationConfig
 from sagellm_control_plane.engines import ManagedEngine
 from sagellm_control_plane.policies import Policy, WaitingRequest, next_request
 from sagellm_control_plane.router import Router, prefer_by_phase
+from sagellm_control_plane.types import RequestType
 from sagellm_protocol import (
     DeadlineExceededError,
+    InvalidArgumentError,
     NotFoundError,
     Request,
     ResourceExhaustedError,
@@ -33,6 +35,10 @@ class Ticket:
     num_prompt_tokens: int
     granted: asyncio.Future[ManagedEngine] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     is_late: bool = False  # its deadline has passed
+    destination: tuple[str, RequestType] = field(init=False)  # the model it asks for, and what of it
+
+    def __post_init__(self) -> None:
+        self.destination = self.request.model, RequestType.of(self.request)
 
     @property
     def request(self) -> Request:
@@ -81,10 +87,15 @@ class Admission:
         """The same, by the model that is asked for."""
         return Counter(ticket.request.model for ticket in self._tickets)
 
-    def serving(self, model: str) -> list[ManagedEngine]:
-        """The engines that requests for `model` may go to; `NotFoundError` where there is none."""
-        serving = [engine for engine in self._engines.values() if engine.serves(model)]
+    def serving(self, model: str, kind: RequestType | None = None) -> list[ManagedEngine]:
+        """The engines that requests of a kind for `model` may go to; `NotFoundError` where there is none."""
+        serving = [engine for engine in self._engines.values() if engine.serves(model, kind)]
         if not serving:
+            if any(engine.serves(model) for engine in self._engines.values()):
+                makes, lacks = ("text", "vectors") if kind is RequestType.EMBEDDING else ("vectors", "text")
+                raise InvalidArgumentError(
+                    f"the engines of the model {model!r} make {makes}, no {lacks}; name another model", field="model"
+                )
             if any(model in ("default", engine.instance.model_name) for engine in self._engines.values()):
                 raise UnavailableError(f"the engines of the model {model!r} take no requests now; try again later")
             known = ", ".join(sorted({engine.instance.model_name for engine in self._engines.values()})) or "none"
@@ -97,7 +108,7 @@ class Admission:
 
         Engines that have not been started are started; the first that is ready will do.
         """
-        serving = self.serving(request.model)
+        serving = self.serving(request.model, RequestType.of(request))
         for engine in serving:
             engine.start(self.dispatch)
         ticket = self._enqueue(request, serving[0])
@@ -116,19 +127,20 @@ class Admission:
 
     def dispatch(self) -> None:
         """Grant places to waiting requests, by policy, until none fits; a model without a place blocks no other."""
-        blocked: set[str] = set()
+        blocked: set[tuple[str, RequestType]] = set()
         while True:
-            open_tickets = [ticket for ticket in self._tickets if ticket.request.model not in blocked]
+            open_tickets = [ticket for ticket in self._tickets if ticket.destination not in blocked]
             if not open_tickets:
                 return
             ticket = _first(open_tickets, self._policy)
-            serving = [engine for engine in self._engines.values() if engine.serves(ticket.request.model)]
+            model, kind = ticket.destination
+            serving = [engine for engine in self._engines.values() if engine.serves(model, kind)]
             free = [engine for engine in serving if engine.has_place]
             if free:
                 self._tickets.remove(ticket)
                 self._grant(ticket, free)
             elif any(engine.may_have_place for engine in serving):
-                blocked.add(ticket.request.model)
+                blocked.add((model, kind))
             else:
                 self._refuse(ticket, _no_engine(serving))
 

@@ -11,12 +11,27 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sagellm_control_plane.types import EngineInfo, EngineState, ExecutionInstance, ExecutionInstanceType
+from sagellm_control_plane.types import (
+    EngineInfo,
+    EngineState,
+    ExecutionInstance,
+    ExecutionInstanceType,
+    RequestType,
+)
 from sagellm_protocol import ModelDescription, Request, Response, StreamEvent, TokenizeRequest
 
 if TYPE_CHECKING:
     from sagellm_core.config import LLMEngineConfig
     from sagellm_core.engine_core.engine_core import EngineStats
+
+
+_TEXT = (RequestType.LLM_GENERATE, RequestType.LLM_CHAT)
+# The kinds of requests that instances are meant for; the others take all.
+_MEANT_FOR = {
+    ExecutionInstanceType.PREFILLING: _TEXT,
+    ExecutionInstanceType.DECODING: _TEXT,
+    ExecutionInstanceType.EMBEDDING: (RequestType.EMBEDDING,),
+}
 
 
 class Engine(Protocol):
@@ -52,7 +67,7 @@ class ManagedEngine:
     num_tokens: int = 0
     last_grant: int = -1  # number of the last request it was given
     error: str | None = None
-    description: ModelDescription | None = None  # of its model, once somebody has asked
+    description: ModelDescription | None = None  # of its model, once it has started
     is_held: bool = False  # the operator took it out: only the operator brings it back
     _starting: asyncio.Task[None] | None = None
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,9 +95,20 @@ class ManagedEngine:
         """Whether waiting for it makes sense."""
         return self.state in (EngineState.STARTING, EngineState.READY)
 
-    def serves(self, model: str) -> bool:
-        """Whether requests for `model` may come here; `default` is any model."""
-        return model in ("default", self.instance.model_name) and not self.is_out
+    def serves(self, model: str, kind: RequestType | None = None) -> bool:
+        """Whether requests for `model` may come here; `default` is any model, None any kind of request."""
+        if model not in ("default", self.instance.model_name) or self.is_out:
+            return False
+        if kind is None:
+            return True
+        # Who names no model gets one that can answer; who names this one is told by the engine why it can't.
+        is_hopeless = model == "default" and kind is not RequestType.EMBEDDING and self.makes_no_text
+        return kind in _MEANT_FOR.get(self.instance_type, tuple(RequestType)) and not is_hopeless
+
+    @property
+    def makes_no_text(self) -> bool:
+        """Whether it is known that its model makes vectors only."""
+        return self.description is not None and self.description.is_embedding
 
     @property
     def is_out(self) -> bool:
@@ -133,6 +159,8 @@ class ManagedEngine:
         except Exception as error:
             self.state, self.error = EngineState.ERROR, str(error)
             raise
+        description = await self.engine.describe_model()
+        self.description = description.model_copy(update={"model": self.instance.model_name})
         if self.state is EngineState.STARTING:
             self.state = EngineState.DRAINING if self.is_held else EngineState.READY
 

@@ -25,6 +25,7 @@ from sagellm_control_plane.types import (
     PerformanceTotals,
 )
 from sagellm_core.config import BackendConfig, EngineConfig, LLMEngineConfig
+from sagellm_core.embedding import EMBEDDINGS_AT_ONCE, Inputs, embedding_requests, execute_all
 from sagellm_protocol import (
     InvalidArgumentError,
     ModelDescription,
@@ -249,6 +250,14 @@ class ControlPlaneManager:
             fields["sampling_params"] = as_sampling_params(sampling_params)
         return await self.execute_request(prompt=prompt, **fields)
 
+    async def get_embeddings(
+        self, inputs: Inputs, *, model: str = "default", dimensions: int | None = None
+    ) -> list[list[float]]:
+        """A vector for each text, or list of token ids, as `LLMEngine.embed`; each counts as a request."""
+        requests = embedding_requests(inputs, dimensions=dimensions, model=model)
+        responses = await execute_all(self.execute_request, requests, at_once=EMBEDDINGS_AT_ONCE)
+        return [response.embedding or [] for response in responses]
+
     async def stream_request(self, request: Request | None = None, **fields: Any) -> AsyncGenerator[StreamEvent, None]:
         """The answer as it is made: one start, deltas, exactly one end. Leaving the loop frees the request."""
         call = self._accept(request or Request(**{"stream": True, **fields}))
@@ -268,9 +277,7 @@ class ControlPlaneManager:
     async def describe_model(self, model: str) -> ModelDescription:
         """What a model is; its engine starts if it has to. Raises `NotFoundError` for one that no engine serves."""
         engine = await self._loaded(model)
-        if engine.description is None:
-            description = await engine.engine.describe_model()
-            engine.description = description.model_copy(update={"model": engine.instance.model_name})
+        assert engine.description is not None, "engines are described when they start"
         return engine.description
 
     async def tokenize(self, model: str, **fields: Any) -> list[int]:

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from pydantic import Field
 
-from sagellm_protocol import RequestPriority, Response
+from sagellm_protocol import Request, RequestPriority, Response
 from sagellm_protocol.model import EdgeModel, ProtocolEnum
 
 __all__ = [
@@ -39,9 +39,19 @@ class RequestType(ProtocolEnum):
     LLM_CHAT = "llm_chat"
     EMBEDDING = "embedding"
 
+    @classmethod
+    def of(cls, request: Request) -> RequestType:
+        """The kind of a request."""
+        if request.embed is not None:
+            return cls.EMBEDDING
+        return cls.LLM_GENERATE if request.messages is None else cls.LLM_CHAT
+
 
 class ExecutionInstanceType(IntEnum):
-    """What an instance is meant for; GENERAL and HYBRID take everything."""
+    """What an instance is meant for.
+
+    PREFILLING and DECODING take requests for text, EMBEDDING those for vectors, the others both.
+    """
 
     GENERAL = 0
     PREFILLING = 1

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from sagellm_core.engine_core.types import CoreClient, EngineCoreOutput, EngineCoreRequest
     from sagellm_core.models.pooling import PoolingSpec
 
-__all__ = ["embedding_requests", "execute_all", "execute_embedding"]
+__all__ = ["EMBEDDINGS_AT_ONCE", "Inputs", "embedding_requests", "execute_all", "execute_embedding"]
+
+# Texts of one caller in front of the engines at a time: enough to fill a batch, not enough to fill the queue.
+EMBEDDINGS_AT_ONCE = 64
 
 Inputs = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["InputProcessor", "generation_defaults"]
 
 _NEUTRAL_TEMPERATURE = 1.0
+
+# More than texts have; whether a longer one fits is first seen from its beginning.
+_CHARS_PER_TOKEN = 16
 _STRATEGIES_WITH_GRAMMAR = (DecodingStrategy.GREEDY, DecodingStrategy.SAMPLING)
 
 
@@ -102,7 +105,7 @@ class InputProcessor:
     def _for_embedding(self, request: Request, wanted: EmbedParams, arrival_time: float) -> EngineCoreRequest:
         if wanted.dimensions is not None and wanted.dimensions > self._hidden_size:
             raise InvalidArgumentError(
-                f"dimensions is {wanted.dimensions}, the model's vectors have {self._hidden_size}; ask for at most so many",
+                f"dimensions is {wanted.dimensions}, the model's vectors have {self._hidden_size}; ask for no more",
                 field="dimensions",
             )
         token_ids = self._prompt_ids(request)
@@ -146,6 +149,7 @@ class InputProcessor:
         if request.messages is not None:
             field, token_ids = "messages", self._encode_chat(request)
         elif isinstance(request.prompt, str):
+            self._refuse_hopeless(request, request.prompt)
             field, token_ids = "prompt", self._encode_text(request.prompt)
         else:
             field, token_ids = "prompt", list(request.prompt or ())
@@ -158,36 +162,64 @@ class InputProcessor:
         """The ids of a text or a conversation; an empty text has those that frame it."""
         if wanted.messages is None:
             return self._tokenizer.encode(wanted.prompt or "", wanted.add_special_tokens)
-        return self._encode_messages(
+        text = self._render(
             wanted.messages,
             wanted.tools,
             wanted.chat_template_kwargs,
             add_generation_prompt=wanted.add_generation_prompt,
         )
+        return self._encode_rendered(text)
 
     def _encode_text(self, prompt: str) -> list[int]:
         return self._tokenizer.encode(prompt) if prompt else []
 
     def _encode_chat(self, request: Request) -> list[int]:
-        return self._encode_messages(request.messages or (), request.tools, request.chat_template_kwargs)
+        text = self._render(request.messages or (), request.tools, request.chat_template_kwargs)
+        self._refuse_hopeless(request, text)
+        return self._encode_rendered(text)
 
-    def _encode_messages(
+    def _encode_rendered(self, text: str) -> list[int]:
+        """A template writes its own special tokens; the plain form gets them like any text."""
+        return self._tokenizer.encode(text, add_special_tokens=not self._tokenizer.has_chat_template)
+
+    def _refuse_hopeless(self, request: Request, text: str) -> None:
+        """Raise for a text that cannot fit, by its beginning: to split 8 MB would take seconds and gigabytes."""
+        longest = _CHARS_PER_TOKEN * self._max_model_len
+        may_be_cut = request.embed is not None and request.embed.truncate_prompt_tokens is not None
+        if len(text) <= longest or may_be_cut:
+            return
+        num_tokens = len(self._tokenizer.encode(text[:longest], add_special_tokens=False))
+        # Where the text is cut, its last tokens may be others than in the whole.
+        if num_tokens > self._max_model_len + self._max_model_len // 8 + 64:
+            raise InvalidArgumentError(
+                f"the prompt has {len(text)} characters, and its first {longest} are {num_tokens} tokens already, but "
+                f"max_model_len is {self._max_model_len} for prompt and output together; shorten the prompt",
+                field="prompt" if request.messages is None else "messages",
+            )
+
+    def _render(
         self,
         messages: Sequence[ChatMessage],
         tools: Sequence[Tool] | None,
         variables: Mapping[str, Any] | None,
         **options: Any,
-    ) -> list[int]:
+    ) -> str:
         given = dict(variables or {})
-        clash = next((name for name in ("messages", "tools") if name in given), None)
+        clash = next((name for name in ("messages", "tools", "self") if name in given), None)
         if clash is not None:
             raise InvalidArgumentError(
                 f"chat_template_kwargs may not hold {clash}; give the request's own field {clash}",
                 field="chat_template_kwargs",
             )
+        if not isinstance(given.get("chat_template", ""), str):
+            raise InvalidArgumentError(
+                "chat_template_kwargs.chat_template must be the name of one of the model's templates",
+                field="chat_template_kwargs",
+            )
         if tools is not None:
             given["tools"] = [tool.model_dump(mode="json", exclude_none=True) for tool in tools]
-        return self._tokenizer.encode_chat([_template_message(message) for message in messages], **{**options, **given})
+        chat = [_template_message(message) for message in messages]
+        return self._tokenizer.apply_chat_template(chat, **{**options, **given})
 
     def _check_token_ids(self, token_ids: Iterable[int], field: str) -> None:
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < self._vocab_size), None)

@@ -6,6 +6,9 @@ always finds the error where it looks for it.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.responses import Response as HttpResponse
@@ -29,6 +32,24 @@ def error_body_for(path: str, error: SageLLMError) -> dict[str, Any]:
 def error_answer_for(path: str, error: SageLLMError, http_status: int | None = None) -> HttpResponse:
     """The answer that tells `error` to who called `path`."""
     return error_answer(error, http_status, body=error_body_for(path, error))
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors from inside name their field as the called API does: `names` maps fields of chat requests to its own.
+
+    A request of another API becomes a chat request; what is wrong with that is told in the caller's words.
+    """
+    try:
+        yield
+    except SageLLMError as error:
+        field = str(error.context.get("field"))
+        head = re.split(r"[.\[]", field, maxsplit=1)[0]
+        if head not in names:
+            raise
+        error.context["field"] = names[head] + field[len(head) :]
+        error.message = re.sub(rf"(^|(?<=: ))({re.escape(head)})\b", names[head], error.message, count=1)
+        raise
 
 
 def anthropic_error_body(error: SageLLMError) -> dict[str, Any]:

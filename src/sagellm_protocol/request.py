@@ -126,7 +126,9 @@ class Request(EdgeModel):
             raise InvalidArgumentError("prompt and messages exclude each other; give only one", field="prompt")
         if self.embed is not None and (self.stream or self.structured_output is not None):
             field = "stream" if self.stream else "structured_output"
-            raise InvalidArgumentError(f"{field} does not go with embed: a vector is no text; leave it out", field=field)
+            raise InvalidArgumentError(
+                f"{field} does not go with embed, which makes a vector; leave it out", field=field
+            )
         self.resolved_sampling()
         return self
 

@@ -158,12 +158,12 @@ def test_stop_waits_for_answers_in_flight_and_a_second_one_cuts_them_off(
         with httpx.stream(
             "POST", f"{process.url}/v1/chat/completions", json={**body, "max_tokens": 50000}, timeout=60
         ) as answer:
-            next(answer.iter_lines())
+            parts = answer.iter_lines()  # kept: a client that drops it has gone away
+            next(parts)
             late = cli("stop", "endless", "--timeout", "1")
-            time.sleep(3)
-            assert late.status == 1, (late, process.log, process.process.poll())
+            assert late.status == 1
             assert "still ending after 1 s: endless" in late.err
-            assert cli("stop", "endless").status == 0, (process.log, process.process.poll())
+            assert cli("stop", "endless").status == 0
         assert process.process.wait(timeout=5) == 0
 
 
@@ -301,11 +301,11 @@ def test_a_file_with_two_models_and_a_key(home: Path, tmp_path: Path) -> None:
         log = "".join(process.log)
         url = f"{process.url}/v1/chat/completions"
         assert httpx.post(url, json=call).status_code == 401
-        client = httpx.Client(headers={"authorization": f"Bearer {KEY}"}, timeout=30)
-        assert client.post(url, json={**call, "model": "a"}).json()["model"] == "a"
-        assert client.post(url, json={**call, "model": "default"}).json()["model"] == "b"
-        assert client.post(url, json={**call, "model": "c"}).status_code == 404
-        assert client.post(url, json=call).status_code == 429
+        with httpx.Client(headers={"authorization": f"Bearer {KEY}"}, timeout=30) as client:
+            assert client.post(url, json={**call, "model": "a"}).json()["model"] == "a"
+            assert client.post(url, json={**call, "model": "default"}).json()["model"] == "b"
+            assert client.post(url, json={**call, "model": "c"}).status_code == 404
+            assert client.post(url, json=call).status_code == 429
         while "try:" not in log:
             log = "".join(process.log)
         assert "Serving a, b at" in log

@@ -449,7 +449,7 @@ async def test_what_fails_before_a_route_is_told_in_this_form_too(client: httpx.
     assert bad_header.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_what_is_not_built_keeps_its_status(client: httpx.AsyncClient, chat: FakeChat) -> None:
+async def test_what_is_not_built_is_no_reason_to_try_again(client: httpx.AsyncClient, chat: FakeChat) -> None:
     chat.pieces = [UnsupportedError("not here")]
     answer = await client.post(PATH, json={"model": "m", "max_tokens": 5, "messages": HI})
     assert answer.status_code == 400

@@ -93,6 +93,27 @@ async def test_a_count_is_that_of_the_prompt(builtin: httpx.AsyncClient) -> None
         assert count == usage["input_tokens"] + usage["cache_read_input_tokens"] > 5
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields", "named"),
+    [
+        ("/v1/responses", {"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ("/v1/messages", {"output_config": {"effort": "high"}}, "output_config.effort"),
+        ("/api/chat", {"think": "high"}, "think"),
+    ],
+)
+async def test_errors_name_the_fields_of_the_api_that_was_called(
+    guarded: httpx.AsyncClient, path: str, fields: dict[str, Any], named: str, stream: bool
+) -> None:
+    body = {**dict(CALLS)[path], **fields, "stream": stream}
+    answer = await guarded.post(path, json=body, headers={"x-api-key": ADA})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    message = error if isinstance(error, str) else error["message"]
+    assert message.startswith(f"{named} is not supported")
+    assert path != "/v1/responses" or error["param"] == named
+
+
 # ---- keys ---------------------------------------------------------------------------------------------
 
 

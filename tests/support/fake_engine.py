@@ -78,7 +78,17 @@ class FakeEngine:
         async with aclosing(self.stream(request)) as events:
             last = [event async for event in events][-1]
         assert isinstance(last, StreamEventEnd)
-        return last.to_response()
+        response = last.to_response()
+        if request.embed is None or response.error is not None:
+            return response
+        usage = response.usage.model_copy(update={"completion_tokens": 0})
+        vector = [float(response.usage.prompt_tokens), 0.5, 0.25, 0.125]
+        return Response(
+            request_id=request.request_id,
+            finish_reason=FinishReason.STOP,
+            embedding=vector[: request.embed.dimensions],
+            usage=usage,
+        )
 
     async def stream(self, request: Request, /) -> AsyncGenerator[StreamEvent, None]:
         prompt = _text(request)

@@ -43,7 +43,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation_config: Mapping[str, Any] = field(default_factory=dict)
-    pooling: PoolingSpec = PoolingSpec("last")
+    pooling: PoolingSpec = field(default_factory=lambda: PoolingSpec("last"))
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -225,7 +225,9 @@ class CompletionSearch:
                     rank = -1
                 elif runs_text and child.looks == looks:
                     rank += _STAYING_RANK
-                ranks.append(rank + recent.count((looks, symbols)) // _REPEATS_PER_RANK)
+                count = recent.count((looks, symbols))
+                # Of equals the one that was taken less; but equal digits are written with fewer tokens.
+                ranks.append((rank + count // _REPEATS_PER_RANK, 0 if symbols.isdigit() else count))
             symbols, _, state = ways[ranks.index(min(ranks))]
             if len(ways) > 1:
                 recent.append((looks, symbols))

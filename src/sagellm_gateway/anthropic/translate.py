@@ -32,6 +32,15 @@ from sagellm_protocol.openai import (
     ToolChoiceFunction,
 )
 
+# Where a field of the chat request comes from.
+CHAT_FIELDS = {
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "structured_output": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+}
+
 # Marks a result that is an error, for which chat templates have no place.
 _ERROR_MARK = "Error: "
 

@@ -16,6 +16,15 @@ from sagellm_protocol import messages as chat
 from sagellm_protocol.fields import MAX_INT32
 from sagellm_protocol.openai import ChatCompletionRequest, JsonSchemaFormat, ResponseFormat
 
+# Where a field of the chat request comes from.
+CHAT_FIELDS = {
+    "max_completion_tokens": "options.num_predict",
+    "repetition_penalty": "options.repeat_penalty",
+    "response_format": "format",
+    "structured_output": "format",
+    "reasoning_effort": "think",
+}
+
 
 def to_chat(call: ChatCall | GenerateCall, *, model: str, max_model_len: int) -> ChatCompletionRequest:
     """The chat request for `call` to the served model `model`; raises what names the field of `call`.

@@ -30,6 +30,15 @@ from sagellm_protocol.messages import ChatMessage, FunctionCall, FunctionDefinit
 from sagellm_protocol.openai import ChatCompletionRequest, JsonSchemaFormat, NamedToolChoice, ResponseFormat
 from sagellm_protocol.openai import ToolChoiceFunction as ChatToolChoiceFunction
 
+# Where a field of the chat request comes from.
+CHAT_FIELDS = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "structured_output": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+
 
 def to_chat(call: ResponsesRequest, items: Sequence[Item]) -> ChatCompletionRequest:
     """The chat request for `call`, whose conversation is `items` (references resolved, earlier turns first).

@@ -9,11 +9,12 @@ from fastapi.responses import Response as HttpResponse
 
 from sagellm_core.http import start_event_stream, while_connected
 from sagellm_gateway.anthropic.render import EventWriter, message_body
-from sagellm_gateway.anthropic.translate import template_options, to_chat, to_messages, to_tools
+from sagellm_gateway.anthropic.translate import CHAT_FIELDS, template_options, to_chat, to_messages, to_tools
 from sagellm_gateway.anthropic.types import CountTokensRequest, MessagesRequest
 from sagellm_gateway.body import read_call
 from sagellm_gateway.context import Caller, caller_of, gateway_of
 from sagellm_gateway.documents import EVENTS, GENERATION, described
+from sagellm_gateway.errors import naming
 from sagellm_gateway.streams import PingedEvents, cut_off, written
 
 router = APIRouter()
@@ -25,10 +26,13 @@ async def messages(http: HttpRequest) -> HttpResponse:
     """Answer a conversation."""
     caller = _known(caller_of(http))
     call = await read_call(http, MessagesRequest, what="message request")
-    chat, chat_call = gateway_of(http).chat, to_chat(call)
-    if call.stream:
-        return await start_event_stream(http, written(chat.stream(chat_call, caller), EventWriter(call)), PingedEvents)
-    answer = await while_connected(http, chat.answer(chat_call, caller))
+    chat = gateway_of(http).chat
+    with naming(CHAT_FIELDS):
+        chat_call = to_chat(call)
+        if call.stream:
+            events = written(chat.stream(chat_call, caller), EventWriter(call))
+            return await start_event_stream(http, events, PingedEvents)
+        answer = await while_connected(http, chat.answer(chat_call, caller))
     if answer.choices[0].finish_reason in ("abort", "error"):
         raise cut_off()
     return HttpResponse(message_body(call, answer), media_type="application/json")

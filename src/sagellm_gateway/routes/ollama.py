@@ -14,9 +14,10 @@ from sagellm_core.http import start_event_stream, while_connected
 from sagellm_gateway.body import read_call
 from sagellm_gateway.context import caller_of, gateway_of
 from sagellm_gateway.documents import GENERATION, LINES, described
+from sagellm_gateway.errors import naming
 from sagellm_gateway.ollama.models import find_model, running_entry, show_body, tag_entry
 from sagellm_gateway.ollama.render import LineWriter, answer_body, loaded_body
-from sagellm_gateway.ollama.translate import to_chat
+from sagellm_gateway.ollama.translate import CHAT_FIELDS, to_chat
 from sagellm_gateway.ollama.types import ChatCall, GenerateCall, PullCall, ShowCall
 from sagellm_gateway.routes.models import model_cards
 from sagellm_gateway.streams import JsonLines, cut_off, written
@@ -116,11 +117,12 @@ async def _answer(http: HttpRequest, call: ChatCall | GenerateCall, *, is_empty:
         if call.would_unload:
             raise UnsupportedError("keep_alive=0 cannot unload a model here; stop its engine", field="keep_alive")
         return _object(loaded_body(call), as_line=call.is_streamed)
-    chat_call = to_chat(call, model=card.id, max_model_len=card.max_model_len or 0)
-    if call.is_streamed:
-        pieces = written(gateway.chat.stream(chat_call, caller), LineWriter(call))
-        return await start_event_stream(http, pieces, JsonLines)
-    answer = await while_connected(http, gateway.chat.answer(chat_call, caller))
+    with naming(CHAT_FIELDS):
+        chat_call = to_chat(call, model=card.id, max_model_len=card.max_model_len or 0)
+        if call.is_streamed:
+            lines = written(gateway.chat.stream(chat_call, caller), LineWriter(call))
+            return await start_event_stream(http, lines, JsonLines)
+        answer = await while_connected(http, gateway.chat.answer(chat_call, caller))
     if answer.choices[0].finish_reason in ("abort", "error"):
         raise cut_off()
     return _object(answer_body(call, answer))

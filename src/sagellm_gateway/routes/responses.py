@@ -14,9 +14,11 @@ from sagellm_core.http import start_event_stream, while_connected
 from sagellm_gateway.body import read_call
 from sagellm_gateway.context import caller_of, gateway_of
 from sagellm_gateway.documents import EVENTS, GENERATION, described
+from sagellm_gateway.errors import naming
 from sagellm_gateway.responses.render import EventWriter
 from sagellm_gateway.responses.service import Conversation, input_items
 from sagellm_gateway.responses.store import StoredResponse
+from sagellm_gateway.responses.translate import CHAT_FIELDS
 from sagellm_gateway.responses.types import ItemId, ResponsesRequest
 from sagellm_gateway.streams import FramedEvents, cut_off, written
 from sagellm_protocol import InvalidArgumentError, UnsupportedError, parse
@@ -42,11 +44,12 @@ async def create_response(http: HttpRequest) -> HttpResponse:
     call = await read_call(http, ResponsesRequest, what="response request")
     gateway, caller = gateway_of(http), caller_of(http)
     conversation = Conversation(call, gateway.responses, caller.key_name)
-    chat_call = conversation.to_chat()
-    if call.stream:
-        writer = EventWriter(conversation.draft, conversation.keep)
-        return await start_event_stream(http, written(gateway.chat.stream(chat_call, caller), writer), FramedEvents)
-    answer = await while_connected(http, gateway.chat.answer(chat_call, caller))
+    with naming(CHAT_FIELDS):
+        chat_call = conversation.to_chat()
+        if call.stream:
+            writer = EventWriter(conversation.draft, conversation.keep)
+            return await start_event_stream(http, written(gateway.chat.stream(chat_call, caller), writer), FramedEvents)
+        answer = await while_connected(http, gateway.chat.answer(chat_call, caller))
     if answer.choices[0].finish_reason in ("abort", "error"):
         raise cut_off()
     body = conversation.draft.add_answer(answer)

@@ -14,6 +14,7 @@ from sagellm_core.http import while_connected
 from sagellm_gateway.body import read_call
 from sagellm_gateway.context import gateway_of
 from sagellm_gateway.documents import GENERATION, described
+from sagellm_gateway.documents import GENERATION, described
 from sagellm_protocol import ChatMessage, InvalidArgumentError, Tool
 from sagellm_protocol.fields import TokenId
 from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS
@@ -87,6 +88,7 @@ class DetokenizeCall(EdgeModel):
 
 @router.post("/tokenize", response_model=None)
 @described(body=TokenizeCall, fails=GENERATION)
+@described(body=TokenizeCall, fails=GENERATION)
 async def tokenize(http: HttpRequest) -> HttpResponse:
     """The tokens of a text or a conversation, as a request with it would have them."""
     call = await read_call(http, TokenizeCall, what="tokenize request")
@@ -94,6 +96,7 @@ async def tokenize(http: HttpRequest) -> HttpResponse:
 
 
 @router.post("/detokenize", response_model=None)
+@described(body=DetokenizeCall, fails=GENERATION)
 @described(body=DetokenizeCall, fails=GENERATION)
 async def detokenize(http: HttpRequest) -> HttpResponse:
     """The text of tokens, special ones included."""
@@ -103,6 +106,7 @@ async def detokenize(http: HttpRequest) -> HttpResponse:
 
 
 @router.get("/tokenizer_info", response_model=None)
+@described(query={"model": {"type": "string"}}, fails=(404, 503))
 @described(query={"model": {"type": "string"}}, fails=GENERATION)
 async def tokenizer_info(http: HttpRequest) -> HttpResponse:
     """The special tokens and the chat template of the default model, or of the one that `?model=` names."""

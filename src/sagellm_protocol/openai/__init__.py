@@ -48,7 +48,7 @@ from sagellm_protocol.openai.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from sagellm_protocol.openai.embeddings import EmbeddingItem, EmbeddingRequest, EmbeddingResponse
+from sagellm_protocol.openai.embeddings import EmbeddingItem, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage
 
 __all__ = [
     "ChatAnswer",
@@ -70,6 +70,7 @@ __all__ = [
     "EmbeddingItem",
     "EmbeddingRequest",
     "EmbeddingResponse",
+    "EmbeddingUsage",
     "ErrorBody",
     "ErrorResponse",
     "FunctionCall",

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from sagellm_protocol.embedding import Dimensions, TruncatePromptTokens
+from sagellm_protocol.fields import TokenIds
 from sagellm_protocol.model import EdgeModel
-from sagellm_protocol.openai.common import ApiModel, CompletionUsage
-from sagellm_protocol.openai.completions import Prompts, split_prompts
+from sagellm_protocol.openai.common import ApiModel
+from sagellm_protocol.openai.completions import split_prompts
+
+MAX_INPUTS = 2048
+
+Inputs = (
+    str
+    | TokenIds
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+)
 
 
 class EmbeddingRequest(EdgeModel):
-    """The body of an embedding request: one or several inputs, as text or token ids."""
+    """The body of an embedding request: one or several inputs, as text or token ids.
+
+    ``user`` changes nothing. ``truncate_prompt_tokens`` is vLLM's: without it an input that is too long is refused.
+    """
 
     model: str = Field(min_length=1, max_length=512)
-    input: Prompts
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(
-        default=None, ge=1, description="Cut the vectors to this length, where the model allows it."
-    )
+    input: Inputs
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: Dimensions | None = None
     user: str | None = Field(default=None, max_length=512)
+    truncate_prompt_tokens: TruncatePromptTokens | None = None
 
     @property
     def inputs(self) -> list[str | list[int]]:
@@ -36,10 +49,17 @@ class EmbeddingItem(ApiModel):
     embedding: list[float] | str
 
 
+class EmbeddingUsage(ApiModel):
+    """Tokens of all inputs together; nothing is generated."""
+
+    prompt_tokens: int = Field(default=0, ge=0)
+    total_tokens: int = Field(default=0, ge=0)
+
+
 class EmbeddingResponse(ApiModel):
     """The answer to an embedding request, in the order of the inputs."""
 
     object: Literal["list"] = "list"
     data: list[EmbeddingItem]
     model: str
-    usage: CompletionUsage = Field(default_factory=CompletionUsage)
+    usage: EmbeddingUsage = Field(default_factory=EmbeddingUsage)

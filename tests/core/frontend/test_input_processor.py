@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sagellm_core import input_processor
 from sagellm_core.chat_template import PLAIN_CHAT_STOP
 from sagellm_core.engine_core.types import EngineCoreRequest
 from sagellm_core.input_processor import InputProcessor, generation_defaults
@@ -193,6 +194,51 @@ def test_mistakes(process: Callable[..., list[EngineCoreRequest]], fields: Any, 
         process(**fields)
     if field is not None:
         assert error.value.context["field"] == field
+
+
+@pytest.mark.parametrize("variables", [{"self": 1}, {"tools": []}, {"chat_template": ["default"]}])
+def test_a_client_cannot_reach_behind_the_template(
+    process: Callable[..., list[EngineCoreRequest]], variables: Any
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="chat_template") as caught:
+        process(messages=[{"role": "user", "content": "hi"}], chat_template_kwargs=variables)
+    assert caught.value.context["field"] == "chat_template_kwargs"
+
+
+class CountingTokenizer:
+    """Tells how many characters were split."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.num_chars = 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.num_chars += len(text)
+        return self._tokenizer.encode(text, add_special_tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize("field", ["prompt", "messages"])
+def test_a_text_that_cannot_fit_is_refused_by_its_beginning(
+    process: Callable[..., list[EngineCoreRequest]], byte_level: Tokenizer, field: str
+) -> None:
+    counting, text = CountingTokenizer(byte_level), "word " * 100_000
+    fields = {"prompt": text} if field == "prompt" else {"messages": [{"role": "user", "content": text}]}
+    with pytest.raises(InvalidArgumentError, match=r"characters, and its first 1600 are \d+ tokens already") as caught:
+        process({"tokenizer": counting}, **fields)
+    assert caught.value.context["field"] == field
+    assert counting.num_chars <= 1600
+
+
+def test_a_text_of_long_tokens_is_split_to_its_end(
+    byte_level: Tokenizer, model_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_processor, "_CHARS_PER_TOKEN", 0)
+    processor = InputProcessor(byte_level, model_config(byte_level.vocab_size), max_model_len=100)
+    core = processor.process(Request(prompt="hello world, " * 5))[0]
+    assert core.prompt_token_ids == byte_level.encode("hello world, " * 5)
 
 
 def test_the_remedy_does_not_offer_what_the_model_cannot_do(process: Callable[..., list[EngineCoreRequest]]) -> None:
