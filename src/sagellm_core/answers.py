@@ -128,19 +128,11 @@ def _refuse_unbuilt(request: Request) -> None:
 # ---- /v1/completions ----------------------------------------------------------------------------------
 
 
-def read_prompts(call: CompletionRequest, decode: Callable[[list[int]], str] | None = None) -> list[str] | None:
-    """The texts to put in front of the answers if the body says `echo`; prompts of token ids need `decode`."""
+async def read_prompts(call: CompletionRequest, decode: Callable[[list[int]], Awaitable[str]]) -> list[str] | None:
+    """The texts to put in front of the answers if the body says `echo`; `decode` reads prompts of token ids."""
     if not call.echo:
         return None
-    texts = []
-    for prompt in call.prompts:
-        if isinstance(prompt, str):
-            texts.append(prompt)
-        elif decode is not None:
-            texts.append(decode(prompt))
-        else:
-            raise InvalidArgumentError("echo needs the prompt as text here; send text or leave echo out", field="echo")
-    return texts
+    return [prompt if isinstance(prompt, str) else await decode(prompt) for prompt in call.prompts]
 
 
 async def answer_completion(

@@ -74,7 +74,7 @@ async def completions(http: HttpRequest) -> HttpResponse:
         status = 200 if response.error is None else response.error.code.http_status
         return JSONResponse(response.model_dump(mode="json"), status_code=status)
     call = _completion_request(http, body)
-    prompts = read_prompts(call, _engine(http).tokenizer.decode)
+    prompts = await read_prompts(call, _engine(http).detokenize)
     if call.stream:
         return await start_event_stream(http, stream_completion(answers, call, call.to_requests(), prompts))
     answer = await while_connected(http, answer_completion(answers, call, call.to_requests(), prompts))

@@ -40,6 +40,7 @@ _NEUTRAL_TEMPERATURE = 1.0
 
 # More than texts have; whether a longer one fits is first seen from its beginning.
 _CHARS_PER_TOKEN = 16
+_MOST_CHARS_PER_TOKEN = 64  # of a text that may be cut; what stands behind isn't looked at
 _STRATEGIES_WITH_GRAMMAR = (DecodingStrategy.GREEDY, DecodingStrategy.SAMPLING)
 
 
@@ -108,11 +109,13 @@ class InputProcessor:
                 f"dimensions is {wanted.dimensions}, the model's vectors have {self._hidden_size}; ask for no more",
                 field="dimensions",
             )
-        token_ids = self._prompt_ids(request)
         limit = wanted.truncate_prompt_tokens
-        if limit is not None:
-            longest = self._max_model_len if limit == -1 else limit
-            token_ids = self._truncated(request, token_ids, longest) if len(token_ids) > longest else token_ids
+        longest = self._max_model_len if limit is None or limit == -1 else limit
+        if limit is not None and isinstance(request.prompt, str):
+            request = request.model_copy(update={"prompt": request.prompt[: _MOST_CHARS_PER_TOKEN * longest]})
+        token_ids = self._prompt_ids(request)
+        if limit is not None and len(token_ids) > longest:
+            token_ids = self._truncated(request, token_ids, longest)
         if len(token_ids) > self._max_model_len:
             raise InvalidArgumentError(
                 f"the input has {len(token_ids)} tokens, the model takes {self._max_model_len}; split it into shorter "

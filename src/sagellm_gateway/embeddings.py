@@ -35,9 +35,7 @@ async def embed(
     field: str = "input",
 ) -> Embeddings:
     """The vectors of `inputs`, which stand in the field `field` of the call; the first error is raised."""
-    made = embedding_requests(
-        inputs, model=model, dimensions=dimensions, truncate_prompt_tokens=truncate_prompt_tokens
-    )
+    made = embedding_requests(inputs, model=model, dimensions=dimensions, truncate_prompt_tokens=truncate_prompt_tokens)
     requests = [for_caller(request, caller) for request in made]
     places = {request.request_id: f"{field}[{i}]" if len(made) > 1 else field for i, request in enumerate(requests)}
 

@@ -48,7 +48,7 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
         if head not in names:
             raise
         error.context["field"] = names[head] + field[len(head) :]
-        error.message = re.sub(rf"(^|(?<=: ))({re.escape(head)})\b", names[head], error.message, count=1)
+        error.message = re.sub(rf"(^|(?<=: ))(the )?{re.escape(head)}\b", names[head], error.message, count=1)
         raise
 
 

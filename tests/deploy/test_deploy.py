@@ -133,6 +133,18 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
                 assert source in kept
 
 
+def test_what_the_build_needs_is_copied() -> None:
+    """A missing licence or read-me ends the build, long after torch was fetched."""
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r"^license-files = (\[.*\])$", text, re.MULTILINE) + re.findall(
+        r'^readme = (".*")$', text, re.M
+    )
+    needed = [name for entry in listed for name in ([json.loads(entry)] if entry[0] == '"' else json.loads(entry))]
+    copied = {source.removeprefix("./") for name, rest in stages()[0] if name == "COPY" for source in rest.split()[:-1]}
+    assert {"README.md", "LICENSE"} <= set(needed)
+    assert {name.split("/")[0] for name in needed} | {"pyproject.toml", "CMakeLists.txt", "src", "csrc"} == copied
+
+
 def test_versions_are_those_of_the_package() -> None:
     project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     build = " ".join(rest for _, rest in stages()[0])

@@ -85,6 +85,17 @@ async def test_what_the_built_in_model_is(builtin: httpx.AsyncClient) -> None:
     assert "messages" in shown["template"]
 
 
+async def test_vectors_are_those_of_the_openai_api(builtin: httpx.AsyncClient) -> None:
+    texts = ["LLM inference", "a word " * 1000]  # the second is too long, and cut
+    made = (await builtin.post("/api/embed", json={"input": texts})).json()
+    same = (await builtin.post("/v1/embeddings", json={"input": texts, "truncate_prompt_tokens": -1})).json()
+    assert made["embeddings"] == [item["embedding"] for item in same["data"]]
+    assert made["prompt_eval_count"] == same["usage"]["prompt_tokens"]
+    refused = await builtin.post("/api/embed", json={"input": texts, "truncate": False})
+    assert refused.status_code == 400
+    assert "input[1]" in refused.json()["error"]
+
+
 async def test_a_count_is_that_of_the_prompt(builtin: httpx.AsyncClient) -> None:
     for messages in (MESSAGES, [*MESSAGES, {"role": "assistant", "content": "LLM"}]):
         prompt = {"messages": messages, "system": "Be brief."}

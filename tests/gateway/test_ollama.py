@@ -212,6 +212,19 @@ async def test_what_is_served(ollama: AsyncClient) -> None:
         await ollama.show("llama3")
 
 
+async def test_embed(ollama: AsyncClient) -> None:
+    made = await ollama.embed(model="m:latest", input=["one", "two words"])
+    assert made.embeddings == [[1.0, 0.5, 0.25, 0.125], [2.0, 0.5, 0.25, 0.125]]
+    assert (made.model, made.prompt_eval_count) == ("m:latest", 3)
+    assert made.total_duration is not None
+    assert made.total_duration > 0
+    short = await ollama.embed(model="m", input="one", dimensions=2, truncate=False)
+    assert short.embeddings == [[1.0, 0.5]]
+    assert (await ollama.embeddings(model="m", prompt="one")).embedding == [1.0, 0.5, 0.25, 0.125]
+    with pytest.raises(ResponseError, match=r"input\[1\] is refused"):
+        await ollama.embed(model="m", input=["one", "refuse"])
+
+
 async def test_an_unknown_model(ollama: AsyncClient) -> None:
     with pytest.raises(ResponseError, match="not found") as caught:
         await ollama.chat(model="llama3", messages=HI)

@@ -79,12 +79,13 @@ class FakeEngine:
             last = [event async for event in events][-1]
         assert isinstance(last, StreamEventEnd)
         response = last.to_response()
-        if request.embed is None or response.error is not None:
+        if request.embed is None or response.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
             return response
         usage = response.usage.model_copy(update={"completion_tokens": 0})
         vector = [float(response.usage.prompt_tokens), 0.5, 0.25, 0.125]
         return Response(
             request_id=request.request_id,
+            engine_id=self.engine_id,
             finish_reason=FinishReason.STOP,
             embedding=vector[: request.embed.dimensions],
             usage=usage,

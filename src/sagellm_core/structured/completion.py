@@ -20,12 +20,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 from sagellm_core.structured.symbols import Choice, choices_among, has_symbol, is_text
 from sagellm_core.structured.vocabulary import Vocabulary
 
-_NEARBY_STATES, _IMPROVING_STATES, _STATES_PER_WAY = 48, 24, 4
+_FIRST_STATES, _NEARBY_STATES, _IMPROVING_STATES, _STATES_PER_WAY = 12, 48, 24, 4
 _MAX_SYMBOLS = 16_384
 _RECENT_STATES, _REPEATS_PER_RANK = (
     96,
@@ -132,6 +132,16 @@ def _same(state: _State) -> _State:
     return state
 
 
+@overload
+def _shorter(first: Completion | None, second: Completion) -> Completion: ...
+@overload
+def _shorter(first: Completion | None, second: Completion | None) -> Completion | None: ...
+def _shorter(first: Completion | None, second: Completion | None) -> Completion | None:
+    if first is None or (second is not None and second.num_tokens < first.num_tokens):
+        return second
+    return first
+
+
 class CompletionSearch:
     """Finds completions for the states of one grammar; `literals` are texts that it may demand as a whole."""
 
@@ -150,16 +160,21 @@ class CompletionSearch:
         allowance = _Allowance(max_states, urgent=fits is not None)
         root = _State(matcher)
         below = _MAX_SYMBOLS if fits is None else fits * self._vocabulary.longest_token + 1
-        nearby = allowance.part(_NEARBY_STATES)
-        found = self._nearby(root, known, below, fits, nearby)
-        allowance.put_back(nearby)
-        if found is not None and (fits is None or found.num_tokens <= fits):
-            return found
+        found = None
+        if fits is not None:  # anything that fits will do
+            found = self._nearby(root, known, below, fits, allowance.part(_FIRST_STATES))
+            if found is not None and found.num_tokens <= fits:
+                return found
         ahead = self._straight_ahead(root, known, below, allowance)
-        if ahead is not None:
-            way = self._back_again(*ahead, allowance)
-            if found is None or way.num_tokens < found.num_tokens:
-                found = way
+        if ahead is not None and fits is not None:
+            found = _shorter(found, self._back_again(*ahead, allowance.part(0)))
+            if found.num_tokens <= fits:
+                return found
+        nearby = allowance.part(_NEARBY_STATES)
+        found = _shorter(found, self._nearby(root, known, below, fits, nearby))
+        allowance.put_back(nearby)
+        if ahead is not None and (fits is None or found is None or found.num_tokens > fits):
+            found = _shorter(found, self._back_again(*ahead, allowance))
         return found
 
     def _nearby(

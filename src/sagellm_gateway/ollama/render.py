@@ -5,6 +5,7 @@ Durations are in nanoseconds, as the engine measured them. A text's lines are ma
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from sagellm_gateway.embeddings import Embeddings
 from sagellm_gateway.ollama.types import ChatCall, GenerateCall
 from sagellm_gateway.pieces import (
     Answer,
@@ -61,6 +63,20 @@ def answer_body(call: ChatCall | GenerateCall, answer: Answer) -> bytes:
 def loaded_body(call: ChatCall | GenerateCall) -> bytes:
     """The answer to a call that generates nothing and only wants the model to be there."""
     return _encode({**_head(call), **_content(call, ""), "done": True, "done_reason": "load"})
+
+
+async def embed_body(model: str, made: Embeddings, started_at_ns: int) -> bytes:
+    """The body of an answer with vectors; others get a turn between them. `started_at_ns` is of the monotonic clock."""
+    vectors = []
+    for vector in made.vectors:
+        vectors.append(_encode(vector))
+        await asyncio.sleep(0)
+    rest = {
+        "total_duration": time.monotonic_ns() - started_at_ns,
+        "load_duration": 0,
+        "prompt_eval_count": made.usage.prompt_tokens,
+    }
+    return b'{"model":%b,"embeddings":[%b],%b' % (_encode(model), b",".join(vectors), _encode(rest)[1:])
 
 
 class LineWriter:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue
 
 from sagellm_protocol import UnsupportedError
+from sagellm_protocol.embedding import Dimensions
 from sagellm_protocol.fields import (
     MAX_INT32,
     MAX_SEED,
@@ -200,8 +201,8 @@ class EmbedCall(EdgeModel):
 
     model: str = Field(min_length=1, max_length=512)
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
-    truncate: bool | None = None
-    dimensions: int | None = Field(default=None, ge=1, le=MAX_INT32)
+    truncate: bool | None = Field(default=None, description="Cut what is too long, as without it; false: refuse it.")
+    dimensions: Dimensions | None = None
     options: Options | None = None
     keep_alive: KeepAlive | None = None
 

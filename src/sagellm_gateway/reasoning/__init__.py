@@ -1,4 +1,4 @@
-"""How models mark their thoughts: one file a notation, chosen by the model's chat template."""
+"""How models mark their thoughts, chosen by the model's chat template."""
 
 from __future__ import annotations
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sagellm_gateway.lark import grammar_of, lark_json, lark_mark, lark_string, text_until
+from sagellm_gateway.marks import num_undecided
 from sagellm_gateway.pieces import Piece, ReasoningPiece, TextPiece
-from sagellm_gateway.tool_formats.base import lark_string, possible_start, regex_escape
-from sagellm_protocol import StructuredOutput
+from sagellm_protocol import InvalidArgumentError, StructuredOutput
+
+_NO_TOKENS: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,11 @@ class ReasoningFormat:
     closing: str
     marks_are_special: bool = False
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The texts that may be tokens of the model."""
+        return (self.opening, self.closing)
+
     def is_open(self, prompt: str) -> bool:
         """Whether a prompt ends within a thought, as some templates make it."""
         return prompt.rfind(self.opening) > prompt.rfind(self.closing)
@@ -27,84 +35,125 @@ class ReasoningFormat:
         """A parser for the text of the choice number `index`."""
         return ReasoningParser(self, index, is_thinking=prompt_opens)
 
-    def after_thought(self, form: StructuredOutput) -> StructuredOutput | None:
-        """`form` for what follows a thought that the prompt has opened; None where it cannot be joined so."""
-        rule = _as_rule(form)
-        if rule is None:
-            return None
-        mark = regex_escape(self.closing)
-        thought = f"/(.|\\n)*/ & ~/(.|\\n)*{mark}(.|\\n)*/"
-        start = f"start: THOUGHT? {lark_string(self.closing)} BLANK? answer\nTHOUGHT: {thought}\nBLANK: /\\s+/\n"
-        return StructuredOutput(grammar=start + rule)
+    def after_thought(
+        self, form: StructuredOutput, *, is_open: bool = True, token_ids: Mapping[str, int] = _NO_TOKENS
+    ) -> StructuredOutput:
+        """`form` for what follows a thought, which the prompt has opened, or which may stand there if not `is_open`.
+
+        Raises:
+            InvalidArgumentError: the form is too large for a grammar, or no grammar.
+        """
+        thought = "thought" if is_open else f"({lark_mark(self.opening, token_ids)} thought)?"
+        rules = [
+            f"start: {thought} BLANKS? answer",
+            text_until("thought", self.closing, token_ids),
+            "BLANKS: /\\s+/",
+            f"answer: {_as_rule(form)}",
+        ]
+        return grammar_of(rules, field="structured_output")
 
 
-def _as_rule(form: StructuredOutput) -> str | None:
-    """The form as the rule `answer` of a grammar."""
+def _as_rule(form: StructuredOutput) -> str:
+    """The form as the right side of a rule."""
     if form.json_object:
-        return 'answer: %json {"type": "object"}\n'
+        return lark_json({"type": "object"})
     if form.json_schema is not None:
-        return f"answer: %json {json.dumps(form.json_schema, ensure_ascii=False)}\n"
+        return lark_json(form.json_schema)
     if form.choice is not None:
-        return f"answer: {' | '.join(lark_string(text) for text in form.choice)}\n"
+        return " | ".join(lark_string(text) for text in form.choice)
     if form.regex is not None:
-        return f"answer: /{form.regex.replace('/', chr(92) + '/')}/\n"
-    grammar = form.grammar or ""
-    return f"answer: {grammar.removeprefix('start:').lstrip()}" if grammar.startswith("start:") else None
+        return f"/{_with_slashes_escaped(form.regex)}/"
+    return f"%lark {{\n{_in_lark(form.grammar or '')}\n}}"
+
+
+def _with_slashes_escaped(regex: str) -> str:
+    escaped, is_escaped = [], False
+    for char in regex:
+        escaped.append("\\/" if char == "/" and not is_escaped else char)
+        is_escaped = char == "\\" and not is_escaped
+    return "".join(escaped)
+
+
+def _in_lark(grammar: str) -> str:
+    if "::=" not in grammar:
+        return grammar
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return str(gbnf_to_lark(grammar))
+    except Exception as error:  # whatever the converter stumbles over
+        raise InvalidArgumentError(
+            f"grammar cannot be read: {error}; write it in Lark's notation", field="structured_output"
+        ) from error
 
 
 class ReasoningParser:
-    """Reads the text of one choice as it comes: a thought, if one begins it, and then the answer."""
+    """Reads the text of one choice as it comes: a thought, if one begins it, and then the answer.
+
+    White space around the thought belongs to nobody. How the text is cut into chunks makes no difference.
+    """
 
     def __init__(self, form: ReasoningFormat, index: int, *, is_thinking: bool) -> None:
-        self._form, self._index = form, index
-        self._read = self._read_thought if is_thinking else self._read_beginning
-        self._pending = ""
+        self._form, self._index, self._is_open = form, index, is_thinking
+        self._unread = ""
+        self._state: Callable[[bool], bool] = self._read_beginning
+        self._pieces: list[Piece] = []
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that the next text completes."""
-        self._pending += text
-        pieces: list[Piece] = []
-        while self._pending:
-            before = (self._pending, self._read)
-            pieces += self._read()
-            if (self._pending, self._read) == before:
-                break
-        return pieces
+        self._unread += text
+        return self._run(is_end=False)
 
     def end(self) -> list[Piece]:
         """What was held back: of a thought that was cut off it is thought, else text."""
-        held, self._pending = self._pending, ""
-        if not held.strip():
-            return []
-        is_thought = self._read == self._read_thought
-        return [ReasoningPiece(self._index, held) if is_thought else TextPiece(self._index, held)]
+        return self._run(is_end=True)
 
-    def _read_beginning(self) -> list[Piece]:
-        start = self._pending.lstrip()
-        if start.startswith(self._form.opening):
-            self._pending, self._read = start[len(self._form.opening) :], self._read_thought
-        elif start and not self._form.opening.startswith(start):
-            self._read = self._read_answer
-        return []
+    def _run(self, *, is_end: bool) -> list[Piece]:
+        while self._unread and self._state(is_end):
+            pass
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
-    def _read_thought(self) -> list[Piece]:
-        end = self._pending.find(self._form.closing)
-        if end >= 0:
-            thought, self._pending = self._pending[:end].rstrip(), self._pending[end + len(self._form.closing) :]
-            self._read = self._skip_blanks
+    def _read_beginning(self, is_end: bool) -> bool:
+        """A model may open the thought itself, even one that the prompt has opened."""
+        rest = self._unread.lstrip()
+        if rest.startswith(self._form.opening):
+            self._unread, self._state = rest[len(self._form.opening) :], self._skip_blanks_of_thought
+        elif self._form.opening.startswith(rest) and not is_end:
+            return False
         else:
-            # White space before the mark, and what may be its beginning, are perhaps none of the thought.
-            end = len(self._pending) - possible_start(self._pending, self._form.closing)
-            end = len(self._pending[:end].rstrip())
-            thought, self._pending = self._pending[:end], self._pending[end:]
-        return [ReasoningPiece(self._index, thought)] if thought else []
+            self._state = self._skip_blanks_of_thought if self._is_open else self._read_answer
+        return True
 
-    def _skip_blanks(self) -> list[Piece]:
-        self._pending = self._pending.lstrip()
-        if self._pending:
-            self._read = self._read_answer
-        return []
+    def _skip_blanks_of_thought(self, is_end: bool) -> bool:
+        self._unread = self._unread.lstrip()
+        self._state = self._read_thought if self._unread else self._state
+        return bool(self._unread)
 
-    def _read_answer(self) -> list[Piece]:
-        text, self._pending = self._pending, ""
-        return [TextPiece(self._index, text)]
+    def _read_thought(self, is_end: bool) -> bool:
+        place = self._unread.find(self._form.closing)
+        if place >= 0:
+            self._think(self._unread[:place].rstrip())
+            self._unread = self._unread[place + len(self._form.closing) :]
+            self._state = self._skip_blanks_of_answer
+            return True
+        # White space before the mark, and what may be its beginning, are perhaps none of the thought.
+        end = len(self._unread) - (0 if is_end else num_undecided(self._unread, (self._form.closing,)))
+        thought = self._unread[:end].rstrip()
+        self._think(thought)
+        self._unread = "" if is_end else self._unread[len(thought) :]
+        return False
+
+    def _think(self, text: str) -> None:
+        if text:
+            self._pieces.append(ReasoningPiece(self._index, text))
+
+    def _skip_blanks_of_answer(self, is_end: bool) -> bool:
+        self._unread = self._unread.lstrip()
+        self._state = self._read_answer if self._unread else self._state
+        return bool(self._unread)
+
+    def _read_answer(self, is_end: bool) -> bool:
+        self._pieces.append(TextPiece(self._index, self._unread))
+        self._unread = ""
+        return False

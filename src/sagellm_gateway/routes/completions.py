@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response as HttpResponse
@@ -23,7 +25,7 @@ async def completions(http: HttpRequest) -> HttpResponse:
     """Continue one or several prompts."""
     call = await read_call(http, CompletionRequest, what="completion request")
     answers, caller = gateway_of(http).answers, caller_of(http)
-    prompts = read_prompts(call)
+    prompts = await read_prompts(call, partial(gateway_of(http).manager.detokenize, call.model))
     requests = [for_caller(request, caller, named=call.request_id is not None) for request in call.to_requests()]
     if call.stream:
         return await start_event_stream(http, stream_completion(answers, call, requests, prompts))

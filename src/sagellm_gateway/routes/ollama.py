@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,11 +15,12 @@ from sagellm_core.http import start_event_stream, while_connected
 from sagellm_gateway.body import read_call
 from sagellm_gateway.context import caller_of, gateway_of
 from sagellm_gateway.documents import GENERATION, LINES, described
+from sagellm_gateway.embeddings import embed
 from sagellm_gateway.errors import naming
 from sagellm_gateway.ollama.models import find_model, running_entry, show_body, tag_entry
-from sagellm_gateway.ollama.render import LineWriter, answer_body, loaded_body
+from sagellm_gateway.ollama.render import LineWriter, answer_body, embed_body, loaded_body
 from sagellm_gateway.ollama.translate import CHAT_FIELDS, to_chat
-from sagellm_gateway.ollama.types import ChatCall, GenerateCall, PullCall, ShowCall
+from sagellm_gateway.ollama.types import ChatCall, EmbedCall, EmbeddingsCall, GenerateCall, PullCall, ShowCall
 from sagellm_gateway.routes.models import model_cards
 from sagellm_gateway.streams import JsonLines, cut_off, written
 from sagellm_protocol import UnsupportedError
@@ -30,6 +32,8 @@ router = APIRouter()
 
 # The version of the API that is spoken: clients test it before they use what is newer.
 API_VERSION = "0.12.6"
+
+_TO_WHAT_FITS = -1  # texts that are too long are cut
 
 _encode = msgspec.json.Encoder().encode
 
@@ -48,6 +52,34 @@ async def generate(http: HttpRequest) -> HttpResponse:
     """Answer a prompt."""
     call = await read_call(http, GenerateCall, what="generate request")
     return await _answer(http, call, is_empty=not call.prompt)
+
+
+@router.post("/api/embed", response_model=None)
+@described(body=EmbedCall, fails=GENERATION)
+async def embed_texts(http: HttpRequest) -> HttpResponse:
+    """Make a vector of each text."""
+    started_at = time.monotonic_ns()
+    call = await read_call(http, EmbedCall, what="embed request")
+    gateway, caller = gateway_of(http), caller_of(http)
+    card = find_model(model_cards(gateway), call.model)
+    truncate = None if call.truncate is False else _TO_WHAT_FITS
+    work = embed(
+        gateway, caller, call.input, model=card.id, dimensions=call.dimensions, truncate_prompt_tokens=truncate
+    )
+    made = await while_connected(http, work)
+    return _object(await embed_body(call.model, made, started_at))
+
+
+@router.post("/api/embeddings", response_model=None)
+@described(body=EmbeddingsCall, fails=GENERATION)
+async def embed_prompt(http: HttpRequest) -> HttpResponse:
+    """Make a vector of one text; the older form."""
+    call = await read_call(http, EmbeddingsCall, what="embeddings request")
+    gateway, caller = gateway_of(http), caller_of(http)
+    card = find_model(model_cards(gateway), call.model)
+    work = embed(gateway, caller, call.prompt, model=card.id, truncate_prompt_tokens=_TO_WHAT_FITS, field="prompt")
+    made = await while_connected(http, work)
+    return _object(_encode({"embedding": made.vectors[0]}))
 
 
 @router.post("/api/pull", response_model=None)

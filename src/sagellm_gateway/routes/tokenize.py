@@ -14,7 +14,6 @@ from sagellm_core.http import while_connected
 from sagellm_gateway.body import read_call
 from sagellm_gateway.context import gateway_of
 from sagellm_gateway.documents import GENERATION, described
-from sagellm_gateway.documents import GENERATION, described
 from sagellm_protocol import ChatMessage, InvalidArgumentError, Tool
 from sagellm_protocol.fields import TokenId
 from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS

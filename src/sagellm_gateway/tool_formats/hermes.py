@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from sagellm_gateway.pieces import Piece
-from sagellm_gateway.tool_formats.base import (
-    ToolFormat,
-    ToolParser,
-    call_schema,
-    json_rule,
-    lark_string,
-    one_of,
-    possible_start,
-    text_pieces,
-)
-from sagellm_gateway.tool_formats.json_call import JsonCall
+from sagellm_gateway.lark import lark_json, lark_mark, lark_string
+from sagellm_gateway.tool_formats.base import ToolFormat, ToolParser
+from sagellm_gateway.tool_formats.call_parser import CallParser
+from sagellm_gateway.tool_formats.schemas import arguments_schema, is_lenient
 from sagellm_protocol import Tool
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -25,110 +17,50 @@ class HermesFormat(ToolFormat):
     """See the module."""
 
     name = "hermes"
+    opening = _OPEN
+    marks = (_OPEN, _CLOSE)
 
     @classmethod
     def matches(cls, chat_template: str) -> bool:
-        """Whether a template is of this family."""
-        return _OPEN in chat_template and '"arguments"' in chat_template.replace("'", '"').replace("\\", "")
-
-    @property
-    def mark(self) -> str:
-        """The text that always begins a call."""
-        return _OPEN
+        """Whether a template is of this family; other families use the marks with other things in between."""
+        unescaped = chat_template.replace("\\", "").replace("'", '"')
+        return _OPEN in unescaped and '"arguments"' in unescaped and "<function=" not in unescaped
 
     def parser(self, index: int, tools: Sequence[Tool]) -> ToolParser:
         """A parser for the text of the choice number `index`."""
-        return HermesParser(index)
+        return HermesParser(index, tools)
 
-    def calls(self, tools: Sequence[Tool], *, parallel: bool) -> str:
+    def calls(
+        self, tools: Sequence[Tool], *, parallel: bool, strict_only: bool, token_ids: Mapping[str, int]
+    ) -> list[str]:
         """Rules of a grammar."""
-        schema = one_of([call_schema(tool, arguments_key="arguments") for tool in tools])
-        several = 'calls: call ("\\n" call)*' if parallel else "calls: call"
-        opening, closing = lark_string(f"{_OPEN}\n"), lark_string(f"\n{_CLOSE}")
-        return f"{several}\ncall: {opening} object {closing}\nobject: {json_rule(schema)}\n"
+        opening, closing = lark_mark(_OPEN, token_ids), lark_mark(_CLOSE, token_ids)
+        return [
+            f'calls: call ("\\n" {opening} call)*' if parallel else "calls: call",
+            f'call: "\\n" object "\\n" {closing}',
+            *object_rules(tools, "arguments", strict_only=strict_only),
+        ]
 
 
-class HermesParser:
-    """Text, calls between their marks, and white space around calls, which belongs to nobody."""
+class HermesParser(CallParser):
+    """Objects between marks."""
 
-    def __init__(self, index: int, opening: str = _OPEN, closing: str = _CLOSE) -> None:
-        self._index, self._opening, self._closing = index, opening, closing
-        self._pending = ""  # what may be the start of a mark, and white space that may lead to one
-        self._call: JsonCall | None = None
-        self._blank = ""  # white space in front of the call
-        self._follows_call = False
-        self._num_calls = 0
+    marks = (_OPEN,)
+    # No string of JSON holds a line break as it is, so this one stands in no argument.
+    closing = f"\n{_CLOSE}"
 
-    def feed(self, text: str) -> list[Piece]:
-        """The pieces that the next text completes."""
-        pieces: list[Piece] = []
-        self._pending += text
-        while self._pending:
-            before = (self._pending, self._call)
-            pieces += self._read_text() if self._call is None else self._read_call(self._call)
-            if (self._pending, self._call) == before:
-                break
-        return pieces
+    def _begin(self, is_end: bool) -> bool:
+        return self._begin_object(self._read_close)
 
-    def end(self) -> list[Piece]:
-        """What was held back."""
-        call = self._call
-        if call is None:
-            held, self._pending = self._pending, ""
-            return text_pieces(self._index, held)
-        if call.is_announced:  # cut off, or without its closing mark
-            return call.rest() if not call.is_complete else []
-        return [*self._give_back(call), *self.feed(""), *self.end()]
+    def _read_close(self, is_end: bool) -> bool:
+        return self._read_closing(is_end, _CLOSE)
 
-    def _read_text(self) -> list[Piece]:
-        if self._follows_call:
-            self._pending = self._pending.lstrip()
-            if not self._pending:
-                return []
-            self._follows_call = False
-        start = self._pending.find(self._opening)
-        end = len(self._pending) - possible_start(self._pending, self._opening) if start < 0 else start
-        # White space waits for what follows: in front of a call it is none of the answer.
-        shown, behind = self._pending[:end].rstrip(), self._pending[end:]
-        blank = self._pending[len(shown) : end]
-        if start < 0:
-            self._pending = blank + behind
-        else:
-            self._blank, self._pending = blank, behind[len(self._opening) :]
-            self._call = JsonCall(self._index, self._num_calls)
-        return text_pieces(self._index, shown)
 
-    def _read_call(self, call: JsonCall) -> list[Piece]:
-        if call.is_complete:
-            return self._read_close(call)
-        stop = self._pending.find(self._closing)
-        end = len(self._pending) - possible_start(self._pending, self._closing) if stop < 0 else stop
-        text, behind = self._pending[:end], self._pending[end:]
-        pieces, rest = call.feed(text)
-        if stop >= 0 and call.in_string:  # the mark is quoted
-            more, rest = call.feed(self._closing)
-            pieces, behind = [*pieces, *more], behind[len(self._closing) :]
-        self._pending = rest + behind
-        if not call.may_be_call or (stop >= 0 and not call.is_complete and not call.in_string):
-            pieces += self._give_back(call)
-        return pieces
-
-    def _read_close(self, call: JsonCall) -> list[Piece]:
-        if not call.is_call:
-            return self._give_back(call)
-        rest = self._pending.lstrip()
-        if rest.startswith(self._closing):
-            self._pending = rest[len(self._closing) :]
-        elif not rest or self._closing.startswith(rest):
-            return []  # the mark is on its way
-        self._call, self._follows_call, self._num_calls = None, True, self._num_calls + 1
-        return []
-
-    def _give_back(self, call: JsonCall) -> list[Piece]:
-        """What was no call is text; what has gone out as a call stays one."""
-        self._call = None
-        if call.is_announced:
-            self._follows_call, self._num_calls = True, self._num_calls + 1
-            return call.rest()
-        self._pending = call.text + self._pending  # which may hold a call
-        return text_pieces(self._index, self._blank + self._opening)
+def object_rules(tools: Sequence[Tool], key: str, *, strict_only: bool) -> list[str]:
+    """Rules for `object`, a call as a JSON object with its arguments under `key`; of several families."""
+    rules = [f"object: {' | '.join(f'object_{i}' for i in range(len(tools)))}"]
+    for i, tool in enumerate(tools):
+        head = lark_string(f'{{"name": "{tool.function.name}", "{key}": ')
+        schema = arguments_schema(tool, strict_only=strict_only)
+        rules.append(f'object_{i}: {head} {lark_json(schema, lenient=is_lenient(tool))} "}}"')
+    return rules

@@ -2,126 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-from sagellm_gateway.pieces import Piece
-from sagellm_gateway.tool_formats.base import (
-    ToolFormat,
-    ToolParser,
-    call_schema,
-    json_rule,
-    new_call_id,
-    one_of,
-    possible_start,
-    text_pieces,
-)
-from sagellm_gateway.tool_formats.json_call import JsonCall, is_name
+from sagellm_gateway.lark import lark_json, lark_mark, lark_string
+from sagellm_gateway.tool_formats.base import ToolFormat, ToolParser, random_letters
+from sagellm_gateway.tool_formats.call_parser import ObjectsParser
+from sagellm_gateway.tool_formats.hermes import object_rules
+from sagellm_gateway.tool_formats.schemas import arguments_schema, is_lenient
 from sagellm_protocol import Tool
 
-_MARK, _ARGS = "[TOOL_CALLS]", "[ARGS]"
+_CALLS, _ARGS = "[TOOL_CALLS]", "[ARGS]"
+# Some versions put an id between name and arguments.
+_NAME = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s{0,4}\w{0,32}\s{0,4})?(?:\[ARGS\]\s{0,4})?(?=\{)")
+_NAME_BEGUN = re.compile(r"\s*[\w.-]{1,64}\s*(?:\[[\w\[\]\s]{0,64})?")
 # Mistral's templates refuse ids of any other form.
-_new_id = partial(new_call_id, "", 9)
+_new_id = partial(random_letters, 9)
 
 
 class MistralFormat(ToolFormat):
-    """See the module."""
+    """See the module; `is_named` for the newer notation."""
 
     name = "mistral"
+    opening = _CALLS
+    marks = (_CALLS, _ARGS)
     marks_are_special = True
+
+    def __init__(self, *, is_named: bool = False) -> None:
+        self._is_named = is_named
 
     @classmethod
     def matches(cls, chat_template: str) -> bool:
         """Whether a template is of this family."""
-        return _MARK in chat_template
+        return _CALLS in chat_template
 
-    @property
-    def mark(self) -> None:
-        """Its mark is a special token, which free text cannot hold."""
+    @classmethod
+    def for_template(cls, chat_template: str) -> MistralFormat:
+        """The format of a template that matches."""
+        return cls(is_named=_ARGS in chat_template)
 
     def parser(self, index: int, tools: Sequence[Tool]) -> ToolParser:
-        """A parser for the text of the choice number `index`."""
-        return MistralParser(index)
+        """A parser for the text of the choice number `index`; it reads both notations."""
+        return MistralParser(index, tools, _new_id)
 
-    def calls(self, tools: Sequence[Tool], *, parallel: bool) -> str:
-        """Rules of a grammar: the list, which both generations' parsers read."""
-        schema = one_of([call_schema(tool, arguments_key="arguments") for tool in tools])
-        several = (
-            'calls: "[TOOL_CALLS] [" object (", " object)* "]"' if parallel else 'calls: "[TOOL_CALLS] [" object "]"'
-        )
-        return f"{several}\nobject: {json_rule(schema)}\n"
+    def calls(
+        self, tools: Sequence[Tool], *, parallel: bool, strict_only: bool, token_ids: Mapping[str, int]
+    ) -> list[str]:
+        """Rules of a grammar."""
+        if not self._is_named:
+            calls = 'calls: /\\s?/ "[" object (", " object)* "]"' if parallel else 'calls: /\\s?/ "[" object "]"'
+            return [calls, *object_rules(tools, "arguments", strict_only=strict_only)]
+        opening, args = lark_mark(_CALLS, token_ids), lark_mark(_ARGS, token_ids)
+        rules = [
+            f"calls: call ({opening} call)*" if parallel else "calls: call",
+            f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}",
+        ]
+        for i, tool in enumerate(tools):
+            schema = arguments_schema(tool, strict_only=strict_only)
+            arguments = lark_json(schema, lenient=is_lenient(tool))
+            rules.append(f"call_{i}: {lark_string(tool.function.name)} {args} {arguments}")
+        return rules
 
 
-class MistralParser:
-    """Text, then calls to the end."""
+class MistralParser(ObjectsParser):
+    """Objects behind the mark, or a name and its arguments."""
 
-    def __init__(self, index: int) -> None:
-        self._index = index
-        self._pending = ""
-        self._is_in_calls = False
-        self._call: JsonCall | None = None
-        self._num_calls = 0
+    marks = (_CALLS,)
 
-    def feed(self, text: str) -> list[Piece]:
-        """The pieces that the next text completes."""
-        pieces: list[Piece] = []
-        self._pending += text
-        while self._pending:
-            before = (self._pending, self._call, self._is_in_calls)
-            pieces += self._read_calls() if self._is_in_calls else self._read_text()
-            if (self._pending, self._call, self._is_in_calls) == before:
-                break
-        return pieces
+    def _begin(self, is_end: bool) -> bool:
+        rest = self._unread.lstrip()
+        if not rest:
+            return is_end and self._give_back()
+        if rest[0] in "[{":
+            return super()._begin(is_end)
+        name = _NAME.match(self._unread)
+        if name is None or name[1] not in self._names:
+            is_undecided = name is None and _NAME_BEGUN.fullmatch(self._unread) is not None and not is_end
+            return not is_undecided and self._give_back()
+        self._announce(name[1])
+        self._unread = self._unread[name.end() :]
+        self._begin_arguments(self._end_call)
+        return True
 
-    def end(self) -> list[Piece]:
-        """What was held back."""
-        call, self._call = self._call, None
-        held, self._pending = self._pending, ""
-        if call is not None:
-            return call.rest() if call.is_announced else text_pieces(self._index, call.text + held)
-        if not self._is_in_calls:
-            return text_pieces(self._index, held)
-        return text_pieces(self._index, "" if held.strip("[], \t\r\n") == "" and self._num_calls else _MARK + held)
-
-    def _read_text(self) -> list[Piece]:
-        start = self._pending.find(_MARK)
-        if start < 0:
-            end = len(self._pending) - possible_start(self._pending, _MARK)
-            text, self._pending = self._pending[:end], self._pending[end:]
-            return text_pieces(self._index, text)
-        text, self._pending = self._pending[:start], self._pending[start + len(_MARK) :]
-        self._is_in_calls = True
-        return text_pieces(self._index, text)
-
-    def _read_calls(self) -> list[Piece]:
-        if self._call is not None:
-            return self._read_call(self._call)
-        start = self._pending.lstrip()
-        if start.startswith(_MARK):
-            self._pending = start[len(_MARK) :]
-            return []
-        if _MARK.startswith(start.rstrip()):  # what comes shows whether it is a mark or the list's bracket
-            return []
-        start = start.lstrip("[], \t\r\n")
-        brace = start.find("{")
-        if brace < 0:
-            return []
-        name = start[:brace].strip().removesuffix(_ARGS).strip()
-        if name and not is_name(name):
-            end = self._pending.index("{") + 1
-            text, self._pending = self._pending[:end], self._pending[end:]
-            self._is_in_calls = False
-            return text_pieces(self._index, text if self._num_calls else _MARK + text)
-        self._pending = start[brace:]
-        self._call = JsonCall(self._index, self._num_calls, _new_id, name=name or None)
-        return []
-
-    def _read_call(self, call: JsonCall) -> list[Piece]:
-        pieces, self._pending = call.feed(self._pending)
-        if not call.is_complete:
-            return pieces
-        self._call = None
-        if call.is_call:
-            self._num_calls += 1
-            return pieces
-        return [*pieces, *text_pieces(self._index, call.text)]
+    def _end_call(self, is_end: bool) -> bool:
+        return self._finish_call(self._read_text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, Json, JsonValue, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import from_json
 
 from sagellm_protocol.errors import ErrorCode, InvalidArgumentError, SageLLMError
 from sagellm_protocol.fields import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MAX_PROMPTS = 1024
+MAX_SCHEMA_CHARS = 262_144
 
 
 class ApiModel(ProtocolModel):
@@ -75,10 +77,29 @@ class ResponseFormat(EdgeModel):
         return self
 
 
+def _read_schema(value: Any) -> Any:
+    """Read a schema that comes as a text, within bounds: a text hides its structure from those of the body."""
+    if not isinstance(value, str):
+        return value
+    if len(value) > MAX_SCHEMA_CHARS:
+        raise ValueError(f"a JSON Schema must have at most {MAX_SCHEMA_CHARS} characters, got {len(value)}")
+    try:
+        return from_json(value, allow_inf_nan=False)
+    except ValueError as error:
+        raise ValueError(f"the JSON Schema is not valid JSON: {error}") from None
+
+
+JsonSchemaText = Annotated[
+    dict[str, JsonValue],
+    BeforeValidator(_read_schema, json_schema_input_type=dict[str, JsonValue] | str),
+    Field(description="A JSON Schema, or a text that holds one."),
+]
+
+
 class StructuredOutputs(EdgeModel):
     """The form the answer must have, by vLLM's names."""
 
-    json_schema: dict[str, JsonValue] | Json[dict[str, JsonValue]] | None = Field(default=None, alias="json")
+    json_schema: JsonSchemaText | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
@@ -113,7 +134,7 @@ class GenerationRequest(EdgeModel):
     response_format: ResponseFormat | None = None
 
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, JsonValue] | Json[dict[str, JsonValue]] | None = None
+    guided_json: JsonSchemaText | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None

@@ -53,6 +53,7 @@ def model_config() -> Callable[..., Any]:
 
     def make(vocab_size: int, **fields: Any) -> Any:
         values = {"max_model_len": 512, "eos_token_ids": (2,), "generation_config": {}, **fields}
-        return SimpleNamespace(spec=SimpleNamespace(vocab_size=vocab_size), **values)
+        spec = SimpleNamespace(vocab_size=vocab_size, hidden_size=64)
+        return SimpleNamespace(spec=spec, pooling=SimpleNamespace(pooling="last"), **values)
 
     return make

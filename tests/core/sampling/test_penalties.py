@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sagellm_core.engine_core.types import EngineCoreRequest
 from sagellm_core.sampling.metadata import SamplingMetadata, SamplingRow
-from sagellm_core.sampling.penalties import process_logits
+from sagellm_core.sampling.penalties import apply_mask, process_logits
 from sagellm_protocol import SamplingParams
 from sampling_reference import process
 
@@ -104,3 +104,15 @@ def test_resubmitted_output_counts_as_output():
     assert SamplingRow.from_request(resubmitted, [1, 2, 3]) == SamplingRow.from_request(
         EngineCoreRequest("r", [1, 2], resubmitted.sampling, whole.eos_token_ids, seed=5), [1, 2, 3]
     )
+
+
+def test_a_mask_of_few_tokens_is_like_one_of_many():
+    logits = torch.randn(1000)
+    for allowed in ([], [3], [0, 31, 32, 999], list(range(0, 1000, 2))):
+        bits = np.zeros(1024, dtype=np.uint8)
+        bits[allowed] = 1
+        masked = logits.clone()
+        apply_mask(masked, np.packbits(bits, bitorder="little").view(np.int32))
+        expected = torch.full((1000,), -torch.inf)
+        expected[allowed] = logits[allowed]
+        assert torch.equal(masked, expected)

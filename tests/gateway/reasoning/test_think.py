@@ -21,6 +21,11 @@ CASES = [
     (True, "never ends", "never ends", ""),
     (True, "</think>Yes.", "", "Yes."),
     (True, "a </thin b</think>c", "a </thin b", "c"),
+    (True, "\n<think>\nagain\n</think>\nc", "again", "c"),
+    (True, "cut off </thi", "cut off </thi", ""),
+    (True, " \n ", "", ""),
+    (False, "<think>\n\n</think>\n\n<think>c", "", "<think>c"),
+    (False, " <b>", "", " <b>"),
 ]
 
 
@@ -45,6 +50,16 @@ def test_any_cut_tells_the_same(data: st.DataObject, case: tuple[bool, str, str,
     assert read(opens, chunks) == (thought, answer)
 
 
+@given(
+    opens=st.booleans(),
+    parts=st.lists(st.sampled_from(["<think>", "</think>", "<", "think>", "a", " ", "\n"]), max_size=9),
+)
+def test_cuts_never_matter(opens: bool, parts: list[str]) -> None:
+    whole = read(opens, ["".join(parts)])
+    assert read(opens, parts) == whole
+    assert read(opens, list("".join(parts))) == whole
+
+
 def test_thoughts_stream() -> None:
     parser = THINK.parser(0, prompt_opens=True)
     assert parser.feed("one ") == [ReasoningPiece(0, "one")]
@@ -54,5 +69,8 @@ def test_thoughts_stream() -> None:
 def test_templates_and_prompts() -> None:
     assert for_template("{% if content.split('</think>') %}") is THINK
     assert for_template("plain") is None
+    magistral = for_template("[THINK] ... [/THINK]")
+    assert magistral is not None
+    assert magistral.marks_are_special
     assert THINK.is_open("<|assistant|><think>\n")
     assert not THINK.is_open("<|assistant|><think>\n\n</think>\n\n")
