@@ -277,6 +277,14 @@ async def test_an_answer_that_was_cut_short_says_so(client: httpx.AsyncClient, c
     assert response["completed_at"] is None
 
 
+async def test_only_the_last_item_was_cut_short(client: httpx.AsyncClient, chat: FakeChat) -> None:
+    chat.pieces = rich_answer("length")
+    streamed = (await events_of(client, {"input": "hi"}))[-1]["response"]["output"]
+    whole = (await client.post(PATH, json={"model": "m", "input": "hi"})).json()["output"]
+    assert [item["status"] for item in whole] == ["completed"] * 3 + ["incomplete"]
+    assert [without_ids(item) for item in streamed] == [without_ids(item) for item in whole]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_answer_that_was_cut_off_is_an_error(client: httpx.AsyncClient, chat: FakeChat, stream: bool) -> None:
     chat.pieces = list(text_answer("Hal", finish_reason="abort"))

@@ -31,6 +31,7 @@ _RECENT_STATES, _REPEATS_PER_RANK = (
     96,
     6,
 )  # what was written so often lately, from states that look alike, may be a loop
+_DIGITS = "0-9"
 _STAYING_RANK = 8  # of what leads from a text to a state that looks the same
 _MAX_JOINTS = 16
 _GLANCE = 24  # symbols that mostly show whether a text goes on so
@@ -240,12 +241,13 @@ class CompletionSearch:
                     rank = -1
                 elif runs_text and child.looks == looks:
                     rank += _STAYING_RANK
-                count = recent.count((looks, symbols))
+                kind = _DIGITS if symbols.isdigit() else symbols
+                count = recent.count((looks, kind))
                 # Of equals the one that was taken less; but equal digits are written with fewer tokens.
-                ranks.append((rank + count // _REPEATS_PER_RANK, 0 if symbols.isdigit() else count))
+                ranks.append((rank + count // _REPEATS_PER_RANK, 0 if kind == _DIGITS else count))
             symbols, _, state = ways[ranks.index(min(ranks))]
             if len(ways) > 1:
-                recent.append((looks, symbols))
+                recent.append((looks, _DIGITS if symbols.isdigit() else symbols))
                 if len(recent) == _RECENT_STATES and len({looks for looks, _ in recent}) == 1:
                     return None  # nothing here shows the way
             path += symbols

@@ -63,13 +63,14 @@ class ResponseDraft:
         choice = answer.choices[0]
         self.end(choice.finish_reason)
         if choice.reasoning:
-            self.output.append(_reasoning_item(new_id("rs"), choice.reasoning, self.status))
+            self.output.append(_reasoning_item(new_id("rs"), choice.reasoning, "completed"))
         if choice.text or not choice.tool_calls:
             logprobs = _logprobs(choice.logprobs or ())
-            self.output.append(_message_item(new_id("msg"), choice.text, logprobs, self.status))
+            self.output.append(_message_item(new_id("msg"), choice.text, logprobs, "completed"))
         for call in choice.tool_calls:
             function = call.function
             self.output.append(_call_item(new_id("fc"), call.id, function.name, function.arguments, "completed"))
+        self.output[-1]["status"] = self.status
         return self.body(self.status, usage=answer.usage)
 
     def body(self, status: str, *, usage: Usage | None = None, error: SageLLMError | None = None) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class ToolFormat(ABC):
     def lazy_grammar(
         self, tools: Sequence[Tool], *, parallel: bool, token_ids: Mapping[str, int] = NO_TOKENS
     ) -> StructuredOutput | None:
-        """A form that leaves text free and holds calls of strict tools to their schemas; None where nothing marks a call.
+        """A form that leaves text free and holds strict tools' calls to their schemas; None where nothing marks a call.
 
         Raises:
             InvalidArgumentError: schemas too large for a grammar.
