@@ -96,7 +96,7 @@ class InstantEngine:
         yield StreamEventEnd.of(self._response(request))
 
     async def describe_model(self) -> ModelDescription:
-        return ModelDescription(model="mock", vocab_size=1000, max_model_len=self.config.max_model_len)
+        return ModelDescription(model="mock", vocab_size=1000, hidden_size=8, max_model_len=self.config.max_model_len)
 
     def _response(self, request: Request) -> Response:
         count = request.resolved_sampling().max_tokens

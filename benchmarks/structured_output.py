@@ -85,7 +85,11 @@ def bench(vocabulary: Vocabulary, tokens: list[int], form: dict[str, Any]) -> No
                     taken.append(value)
         line(f"taking a token, {name}", taken)
     logits = torch.randn(vocabulary.tokens.vocab_size)
-    for name, token_ids in (("many tokens", range(0, len(logits), 2)), ("one token", [7])):
+    for name, token_ids in (
+        ("half of the tokens", range(0, len(logits), 2)),
+        ("all but a few", range(99, len(logits))),
+        ("one token", [7]),
+    ):
         bits = np.zeros(-(-len(logits) // 32) * 32, dtype=np.uint8)
         bits[list(token_ids)] = 1
         mask = np.packbits(bits, bitorder="little").view(np.int32)

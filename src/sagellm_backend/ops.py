@@ -167,6 +167,12 @@ class PagedAttentionOp(Protocol):
     ) -> Tensor: ...
 
 
+class EncoderAttentionOp(Protocol):
+    """See `reference.encoder_attention`."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float) -> Tensor: ...
+
+
 class MoeExpertsOp(Protocol):
     """See `reference.moe_experts`."""
 
@@ -202,6 +208,7 @@ class OpTable:
     soft_cap: Callable[[Tensor, float], Tensor]
     reshape_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: PagedAttentionOp
+    encoder_attention: EncoderAttentionOp
     copy_blocks: Callable[[Tensor, Tensor], None]
     moe_experts: MoeExpertsOp
     sample_tokens: Callable[[Tensor, Tensor], Tensor]

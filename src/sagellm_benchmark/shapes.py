@@ -55,6 +55,10 @@ def find_shape(name_or_model: str) -> ModelShape:
     """A shape of `SHAPES`, or that of a model (`builtin`, a folder, a .gguf file); else `NotFoundError`."""
     if name_or_model in SHAPES:
         return SHAPES[name_or_model]
-    from sagellm_core.models import read_model_config, resolve_model
+    from sagellm_core.models import EncoderSpec, read_model_config, resolve_model
+    from sagellm_protocol import UnsupportedError
 
-    return ModelShape.of(read_model_config(resolve_model(name_or_model)).spec)
+    spec = read_model_config(resolve_model(name_or_model)).spec
+    if isinstance(spec, EncoderSpec):
+        raise UnsupportedError(f"{name_or_model} makes vectors only; give a model that makes text", field="model")
+    return ModelShape.of(spec)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sagellm_core.engine_core.engine_core import EngineStats
 
 
+_EVERYTHING = tuple(RequestType)
 _TEXT = (RequestType.LLM_GENERATE, RequestType.LLM_CHAT)
 # The kinds of requests that instances are meant for; the others take all.
 _MEANT_FOR = {
@@ -103,7 +104,7 @@ class ManagedEngine:
             return True
         # Who names no model gets one that can answer; who names this one is told by the engine why it can't.
         is_hopeless = model == "default" and kind is not RequestType.EMBEDDING and self.makes_no_text
-        return kind in _MEANT_FOR.get(self.instance_type, tuple(RequestType)) and not is_hopeless
+        return kind in _MEANT_FOR.get(self.instance_type, _EVERYTHING) and not is_hopeless
 
     @property
     def makes_no_text(self) -> bool:

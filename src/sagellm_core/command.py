@@ -5,10 +5,12 @@ Shared by `sage-llm`, `sage-engine` and `sage-gateway`. Imports nothing heavy, s
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -66,6 +68,23 @@ def report(error: Exception, *, debug: bool) -> int:
 def print_quietly(text: str) -> None:
     """A remark on stderr, dimmed, so that pipes get the answer alone."""
     typer.secho(text, err=True, dim=True)
+
+
+@contextmanager
+def kept_from_collector() -> Iterator[None]:
+    """For imports: importing torch makes 160,000 objects for good, and the collector would search them again and again.
+
+    That takes up to half a second of the start, as much of the end, and a third of a second of every full collection.
+    """
+    if "torch" in sys.modules:  # imported by whoever called us, with garbage of theirs that is not to be kept
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _report_usage(error: Any) -> int:

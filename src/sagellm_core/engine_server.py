@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse
 from fastapi.responses import Response as HttpResponse
 from prometheus_client import CollectorRegistry
 
+from sagellm_core.addresses import refuse_exposed
 from sagellm_core.answers import Answers, answer_completion, read_prompts, stream_completion
 from sagellm_core.command import run_command
 from sagellm_core.config import LLMEngineConfig
@@ -151,6 +152,8 @@ async def _events(answers: Answers, request: Request) -> AsyncGenerator[bytes, N
             yield event.model_dump_json().encode()
 
 
+ENGINE_REMEDY = "serve it through the gateway, listen on 127.0.0.1, or allow it with --allow-no-key"
+
 # ---- entry points -------------------------------------------------------------------------------------
 
 engine_server_app = create_engine_app(lambda: LLMEngine(LLMEngineConfig(model_path="builtin")))
@@ -164,9 +167,14 @@ def serve_engine(
     backend: Annotated[str, typer.Option(help="auto, cpu, cuda, ascend, kunlun or haiguang.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Prompt + output tokens of one request.")] = None,
     max_batch_size: Annotated[int | None, typer.Option(help="Requests that run at the same time.")] = None,
+    allow_no_key: Annotated[
+        bool, typer.Option("--allow-no-key", help="Listen beyond this machine, although it has no keys.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the engine's log.")] = False,
 ) -> None:
     """Serve one engine over HTTP."""
+    if not allow_no_key:
+        refuse_exposed(host, ENGINE_REMEDY, field="host")
     fields = {"max_model_len": max_model_len, "max_batch_size": max_batch_size}
     given = {name: value for name, value in fields.items() if value is not None}
     config = {"model_path": model, "backend_type": backend, **given}

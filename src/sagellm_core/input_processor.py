@@ -13,14 +13,16 @@ the model's. Whatever was asked for, prompt and output together never exceed `ma
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import from_json
+
 from sagellm_core.chat_template import PLAIN_CHAT_STOP
 from sagellm_core.decoding import child_request
 from sagellm_core.engine_core.types import EngineCoreRequest
+from sagellm_core.json_limits import check_structure
 from sagellm_protocol.embedding import EmbedParams
 from sagellm_protocol.errors import InvalidArgumentError
 from sagellm_protocol.fields import MAX_SEED, MAX_STOP_STRINGS
@@ -59,6 +61,7 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._vocab_size = model_config.spec.vocab_size
         self._hidden_size = model_config.spec.hidden_size
+        self._makes_no_text = model_config.is_embedding
         self._pooling = model_config.pooling.pooling
         self._model_max_len = model_config.max_model_len
         self._max_model_len = max_model_len
@@ -78,6 +81,10 @@ class InputProcessor:
         """
         if request.embed is not None:
             return [self._for_embedding(request, request.embed, arrival_time)]
+        if self._makes_no_text:
+            raise InvalidArgumentError(
+                "this model makes vectors of texts, no text; ask for embeddings or name another model", field="model"
+            )
         prompt_token_ids = self._prompt_ids(request)
         sampling = self._resolve_sampling(request, len(prompt_token_ids))
         self._check_token_ids(sampling.stop_token_ids, "stop_token_ids")
@@ -288,9 +295,11 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
     """A message for the chat template; a tool call's arguments as an object, which is what templates expect."""
     values = message.to_template()
     for call in values.get("tool_calls", ()):
+        text = call["function"]["arguments"]
+        check_structure(text.encode("utf-8", errors="replace"))
         try:
-            arguments = json.loads(call["function"]["arguments"])
-        except json.JSONDecodeError:
+            arguments = from_json(text)
+        except ValueError:
             continue  # not JSON: the model gets to see what it wrote
         if isinstance(arguments, dict):
             call["function"]["arguments"] = arguments

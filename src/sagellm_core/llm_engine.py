@@ -26,6 +26,7 @@ from sagellm_core.models import LoadProgress, ModelConfig, read_model_config, re
 from sagellm_core.output_processor import OutputProcessor, combine_outputs
 from sagellm_core.tokenizer import Tokenizer, load_tokenizer
 from sagellm_protocol import (
+    ChatMessage,
     InvalidArgumentError,
     ModelDescription,
     NotFoundError,
@@ -36,6 +37,7 @@ from sagellm_protocol import (
     StreamEvent,
     StreamEventDelta,
     StreamEventEnd,
+    StructuredOutput,
     TokenizeRequest,
     UnavailableError,
     new_request_id,
@@ -138,10 +140,17 @@ class LLMEngine:
         max_tokens: int | None = None,
         request_id: str | None = None,
         priority: int = 0,
+        structured_output: StructuredOutput | None = None,
     ) -> Response:
         """Answer a text, token ids or chat messages; the whole answer at once."""
         request = _to_request(
-            prompt, messages, sampling_params, max_tokens=max_tokens, request_id=request_id, priority=priority
+            prompt,
+            messages,
+            sampling_params,
+            max_tokens=max_tokens,
+            request_id=request_id,
+            priority=priority,
+            structured_output=structured_output,
         )
         return await self.execute(request)
 
@@ -165,6 +174,7 @@ class LLMEngine:
         request_id: str | None = None,
         sampling_params: SamplingParams | None = None,
         priority: int = 0,
+        structured_output: StructuredOutput | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
         """The answer as it is made: one start, deltas, exactly one end. Leaving the loop frees the request."""
         if isinstance(prompt_or_request, Request):
@@ -177,6 +187,7 @@ class LLMEngine:
                 max_tokens=max_tokens,
                 request_id=request_id,
                 priority=priority,
+                structured_output=structured_output,
                 stream=True,
             )
         if request.embed is not None:
@@ -250,6 +261,7 @@ class LLMEngine:
             quantization=self.config.quantization,
             device=str(info["device_name"]),
             weight_bytes=cast(int, info["weight_bytes"]),
+            is_embedding=config.is_embedding,
             chat_template=templates.choose(with_tools=True).source if templates else None,
             special_tokens=dict(self.tokenizer.special_tokens),
         )
@@ -410,6 +422,7 @@ def _to_request(
     max_tokens: int | None,
     request_id: str | None,
     priority: int,
+    structured_output: StructuredOutput | None,
     stream: bool = False,
 ) -> Request:
     fields: dict[str, Any] = {"prompt": prompt if prompt is None or isinstance(prompt, str) else list(prompt)}
@@ -419,6 +432,7 @@ def _to_request(
         "max_tokens": max_tokens,
         "request_id": request_id,
         "priority": priority,
+        "structured_output": structured_output,
     }
     fields |= {name: value for name, value in optional.items() if value is not None}
     return Request(stream=stream, **fields)
@@ -427,17 +441,25 @@ def _to_request(
 def _is_long(request: Request) -> bool:
     """Whether splitting the prompt into tokens takes so long that other requests would feel it: a millisecond."""
     if request.messages is not None:
-        return sum(len(message.text) for message in request.messages) > _LONG_CHARS
+        return sum(_num_chars(message) for message in request.messages) > _LONG_CHARS
     return isinstance(request.prompt, str) and len(request.prompt) > _LONG_CHARS
 
 
+def _num_chars(message: ChatMessage) -> int:
+    return len(message.text) + sum(len(call.function.arguments) for call in message.tool_calls or ())
+
+
 def _fit_to_model(config: LLMEngineConfig, model: ModelConfig) -> LLMEngineConfig:
-    """The configuration with `max_model_len` within what the model was made for."""
-    if config.max_model_len <= model.max_model_len:
-        return config
-    if "max_model_len" in config.model_fields_set:
-        raise InvalidArgumentError(
-            f"max_model_len is {config.max_model_len}, the model takes {model.max_model_len}; lower it",
-            field="max_model_len",
-        )
-    return config.model_copy(update={"max_model_len": model.max_model_len})
+    """The configuration with `max_model_len` within what the model was made for, and without what it cannot do."""
+    changes: dict[str, Any] = {}
+    if model.is_embedding:
+        # Each token sees the whole text: it is computed at once, and none of it serves another.
+        changes = {"enable_chunked_prefill": False, "enable_prefix_caching": False}
+    if config.max_model_len > model.max_model_len:
+        if "max_model_len" in config.model_fields_set:
+            raise InvalidArgumentError(
+                f"max_model_len is {config.max_model_len}, the model takes {model.max_model_len}; lower it",
+                field="max_model_len",
+            )
+        changes["max_model_len"] = model.max_model_len
+    return config.model_copy(update=changes)

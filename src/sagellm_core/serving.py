@@ -9,6 +9,7 @@ endlessly, or takes nothing of its answer, is let go.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import ssl
@@ -122,6 +123,7 @@ def _config(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
     )
     try:
         config.load()
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
     except (OSError, ssl.SSLError) as error:
         raise InvalidArgumentError(
             f"{options.tls_cert} and {options.tls_key} are no certificate and key in PEM: {error}", field="tls_cert"
@@ -173,6 +175,15 @@ class _Server(uvicorn.Server):
         while not self.force_exit and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.05)
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn would leave answers in their midst and the application running
+            for task in self.server_state.tasks:
+                task.cancel()
+            await self.lifespan.shutdown()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record says more than that an answer was cut off, which is what was asked for."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 class _Connection(HttpToolsProtocol):

@@ -6,11 +6,11 @@ comes from another site, by a name that is not this machine's, or through a prox
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
 
 from fastapi import Request as HttpRequest
 
+from sagellm_core.addresses import is_loopback
 from sagellm_gateway.context import caller_of, gateway_of
 from sagellm_protocol import PermissionDeniedError
 
@@ -30,18 +30,9 @@ def require_admin(http: HttpRequest) -> None:
 
 
 def _is_local(http: HttpRequest, allowed_hosts: Sequence[str]) -> bool:
-    if http.client is None or not _is_loopback(http.client.host):
+    if http.client is None or not is_loopback(http.client.host):
         return False
     if any(name in http.headers for name in _PROXY_HEADERS):
         return False
     host = http.url.hostname or ""
-    return (_is_loopback(host) or host in allowed_hosts) and http.headers.get("sec-fetch-site") in _OWN_SITE
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return (is_loopback(host) or host in allowed_hosts) and http.headers.get("sec-fetch-site") in _OWN_SITE

@@ -8,7 +8,7 @@ force at least one call. What a model's template cannot do is refused by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,7 @@ class ChatPlanner:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._opening: dict[tuple[str, str], bool] = {}
+        self._marks: dict[str, dict[str, int]] = {}
 
     async def plan(self, call: ChatCompletionRequest, caller: Caller) -> ChatPlan:
         """Raises `InvalidArgumentError` or `UnsupportedError` for what cannot be done, naming the field."""
@@ -99,7 +100,9 @@ class ChatPlanner:
         tools = _tools_of(call)
         request = for_caller(call.to_request(), caller, named=call.request_id is not None)
         changes: dict[str, Any] = {}
-        form = _form_of(call, formats, tools, request.structured_output)
+        has_form = bool(tools) or request.structured_output is not None
+        token_ids = await self._token_ids_of_marks(model, formats) if has_form else {}
+        form = _form_of(call, formats, tools, request.structured_output, token_ids)
         variables = _variables(call, formats, is_formed=form is not None)
         if variables != call.chat_template_kwargs:
             changes["chat_template_kwargs"] = variables
@@ -109,7 +112,7 @@ class ChatPlanner:
         if form is not None:
             changes["structured_output"] = form
             if opens and formats.reasoning is not None:
-                changes["structured_output"] = _after_thought(formats.reasoning, form)
+                changes["structured_output"] = formats.reasoning.after_thought(form, token_ids=token_ids)
         return ChatPlan(
             request.model_copy(update=changes),
             formats,
@@ -133,6 +136,17 @@ class ChatPlanner:
             self._opening[key] = thoughts.is_open(await manager.detokenize(model.model, token_ids))
         return self._opening[key]
 
+    async def _token_ids_of_marks(self, model: ModelDescription, formats: ModelFormats) -> dict[str, int]:
+        """The marks that are tokens of the model, which a grammar must name as such; asked once for a model."""
+        if model.model not in self._marks:
+            manager, found = self._gateway.manager, dict[str, int]()
+            for mark in (*formats.tools.marks, *(formats.reasoning.marks if formats.reasoning is not None else ())):
+                for token_id in await manager.tokenize(model.model, prompt=mark, add_special_tokens=False):
+                    if await manager.detokenize(model.model, [token_id]) == mark:
+                        found[mark] = token_id
+            self._marks[model.model] = found
+        return self._marks[model.model]
+
 
 _MAX_PROBES = 256
 
@@ -143,32 +157,26 @@ def _shows_marks(formats: ModelFormats, tools: Sequence[Tool]) -> bool:
     return (bool(tools) and formats.tools.marks_are_special) or (thoughts is not None and thoughts.marks_are_special)
 
 
-def _after_thought(thoughts: ReasoningFormat, form: StructuredOutput) -> StructuredOutput:
-    joined = thoughts.after_thought(form)
-    if joined is None:
-        raise UnsupportedError(
-            "this model always thinks before it answers, which this grammar leaves no room for; use a grammar whose "
-            "first rule is start, or another model",
-            field="response_format",
-        )
-    return joined
-
-
 def _tools_of(call: ChatCompletionRequest) -> list[Tool]:
     return [] if call.tool_choice == "none" else list(call.tools or ())
 
 
 def _form_of(
-    call: ChatCompletionRequest, formats: ModelFormats, tools: list[Tool], form: StructuredOutput | None
+    call: ChatCompletionRequest,
+    formats: ModelFormats,
+    tools: list[Tool],
+    form: StructuredOutput | None,
+    token_ids: Mapping[str, int],
 ) -> StructuredOutput | None:
     """The form of the text: that of the calls it must hold, or what the request asks for."""
     if not tools:
         return form
     parallel = call.parallel_tool_calls is not False
     if call.tool_choice == "required":
-        return formats.tools.grammar(tools, only=None, parallel=parallel)
+        return formats.tools.grammar(tools, only=None, parallel=parallel, token_ids=token_ids)
     if isinstance(call.tool_choice, NamedToolChoice):
-        return formats.tools.grammar(tools, only=call.tool_choice.function.name, parallel=parallel)
+        only = call.tool_choice.function.name
+        return formats.tools.grammar(tools, only=only, parallel=parallel, token_ids=token_ids)
     if not formats.knows_tools:
         raise UnsupportedError(
             f"tools are not supported by {call.model}: its chat template has no place for them; "
@@ -182,7 +190,7 @@ def _form_of(
             field="response_format",
         )
     if any(tool.function.strict for tool in tools):
-        return formats.tools.lazy_grammar(tools, parallel=parallel)
+        return formats.tools.lazy_grammar(tools, parallel=parallel, token_ids=token_ids)
     return None
 
 

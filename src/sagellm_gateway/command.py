@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sagellm_core.command import run_command
+from sagellm_core.command import kept_from_collector, run_command
 from sagellm_core.options import Debug, with_flags
 from sagellm_gateway.options import EnginesFlags, ServerFlags
 
@@ -10,8 +10,9 @@ from sagellm_gateway.options import EnginesFlags, ServerFlags
 @with_flags
 def serve_gateway(engines: EnginesFlags, server: ServerFlags, debug: Debug = False) -> None:
     """Serve one or many models over the OpenAI API: those of a file, those of --model, or the built-in one."""
-    from sagellm_core.config import BackendConfig, EngineConfig
-    from sagellm_gateway.launch import launch, make_plan
+    with kept_from_collector():
+        from sagellm_core.config import BackendConfig, EngineConfig
+        from sagellm_gateway.launch import launch, make_plan
 
     launch(make_plan(engines, server, backend=BackendConfig(), engine=EngineConfig()))
 

@@ -10,6 +10,7 @@ from typing import Any
 from sagellm_control_plane import ControlPlaneManager, EngineState
 from sagellm_control_plane.engines import Engine
 from sagellm_control_plane.manager import local_engine
+from sagellm_core.addresses import is_loopback
 from sagellm_core.command import print_quietly
 from sagellm_core.config import BackendConfig, EngineConfig, LLMEngineConfig
 from sagellm_core.server_panel import ServerPanel, engine_rows, url_to_call
@@ -18,7 +19,7 @@ from sagellm_gateway.app import Gateway
 from sagellm_gateway.config_file import ControlPlaneSettings, read_gateway_file
 from sagellm_gateway.options import EnginesFlags, ServerFlags
 from sagellm_gateway.serving import run_gateway
-from sagellm_gateway.settings import GatewaySettings, is_loopback, parse_settings
+from sagellm_gateway.settings import GatewaySettings, parse_settings
 from sagellm_protocol import InvalidArgumentError
 
 

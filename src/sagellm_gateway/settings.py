@@ -17,7 +17,6 @@ which suit one person's machine: loopback only, no key, nothing cross-origin. Th
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,14 +128,6 @@ class GatewaySettings(EdgeModel):
     log: LogSettings = Field(default_factory=LogSettings)
     sessions: SessionSettings = Field(default_factory=SessionSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on `host`."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def parse_settings(

@@ -14,7 +14,7 @@ from cli_process import Cli, environment, run_process
 from sagellm.cli import app
 from sagellm_core.version import __version__
 
-COMMANDS = ("run", "chat", "serve", "gateway", "info", "list", "pull", "install", "demo")
+COMMANDS = ("run", "chat", "serve", "gateway", "ps", "stop", "info", "list", "pull", "install", "demo")
 
 
 def test_help_lists_every_command() -> None:

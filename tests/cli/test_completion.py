@@ -43,7 +43,7 @@ def complete(line: str, home: Path) -> list[str]:
     ("line", "wanted"),
     [
         ("se", {"serve"}),
-        ("run --model bu", {"builtin"}),
+        ("run --model buil", {"builtin"}),
         ("gateway -m ", {"builtin"}),
         ("chat --backend c", {"cpu", "cuda"}),
         ("serve --quantization int4-", {"int4-asym", "int4-g64", "int4-g128"}),

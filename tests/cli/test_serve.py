@@ -99,6 +99,6 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(cli: Cli) -> None:
             f"error [unavailable]: cannot listen on 127.0.0.1:{port}: Address already in use; choose another port"
         )
         assert outcome.err.splitlines()[-1] == expected
-    outcome = cli("serve", "--host", "no.such.host.invalid", "--model", "/no/such/folder")
+    outcome = cli("serve", "--host", "no.such.host.invalid", "--allow-no-key", "--model", "/no/such/folder")
     assert outcome.status == 1
     assert "no address of this machine" in outcome.err.splitlines()[-1]

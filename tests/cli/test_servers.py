@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from sagellm.cli.servers import format_duration
 from sagellm_core.server_registry import list_servers, registry_folder
 from terminal import Terminal
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "gateway.yaml"
 KEY = "sk-sage-0123456789abcdefghij"
 
 
@@ -164,7 +166,8 @@ def test_stop_waits_for_answers_in_flight_and_a_second_one_cuts_them_off(
             assert late.status == 1
             assert "still ending after 1 s: endless" in late.err
             assert cli("stop", "endless").status == 0
-        assert process.process.wait(timeout=5) == 0
+        assert process.stop(signal.SIGTERM) == 0
+        assert "Traceback" not in "".join(process.log)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +320,34 @@ def test_a_file_with_two_models_and_a_key(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_example_serves_its_models(home: Path) -> None:
+    with server(["gateway", "--config", str(EXAMPLE)], home) as process:
+        names = {card["id"] for card in httpx.get(f"{process.url}/v1/models").json()["data"]}
+        assert names == {"builtin", "builtin-int8"}
+        for name in names:
+            call = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+            assert httpx.post(f"{process.url}/v1/chat/completions", json=call, timeout=30).status_code == 200
+        assert process.stop(signal.SIGTERM) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_server_with_tls_is_listed_and_stopped(cli: Cli, home: Path, tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=somewhere.example"
+    subprocess.run([*make.split(), "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    with server(["serve", "--tls-cert", str(cert), "--tls-key", str(key)], home) as process:
+        (row,) = json.loads(cli("ps", "--json").out)
+        assert row["url"] == process.url
+        assert process.url.startswith("https://127.0.0.1:")
+        assert row["state"] == "ok"
+        refused = cli("run", "-p", "Hi", "--url", process.url)  # only `ps` need not look at certificates
+        assert refused.status == 1
+        assert "certificate" in refused.err.lower()
+        assert cli("stop").status == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["sagellm", "sagellm_gateway.command"])
 def test_a_bad_file_is_one_line(home: Path, tmp_path: Path, module: str) -> None:
     file = tmp_path / "gateway.yaml"
@@ -335,10 +366,12 @@ def test_what_needs_the_gateway_is_refused_without_it(cli: Cli) -> None:
     assert "--api-key is for the gateway" in outcome.err
 
 
-def test_a_network_without_a_key_is_refused(cli: Cli) -> None:
-    outcome = cli("serve", "--host", "0.0.0.0", "--port", "0", "--model", "/no/such/folder")
+@pytest.mark.parametrize("flags", [[], ["--engine-only"]])
+def test_a_network_without_a_key_is_refused(cli: Cli, flags: list[str]) -> None:
+    outcome = cli("serve", *flags, "--host", "0.0.0.0", "--port", "0", "--model", "builtin")
     assert outcome.status == 2
-    assert "no API key is needed" in outcome.err.splitlines()[-1]
+    assert "no key is needed" in outcome.err.splitlines()[-1]
+    assert "--allow-no-key" in outcome.err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -16,12 +16,14 @@ from openai import OpenAI
 
 from asgi_client import LeavingClient, client_of, until
 from cli_process import server
+from encoder_zoo import build_encoder
 from fake_engine import FakeEngine
 from sagellm_control_plane import ControlPlaneManager
 from sagellm_gateway import create_app
 from sagellm_gateway.app import Gateway
 from sagellm_gateway.keys import new_key
 from sagellm_gateway.settings import GatewaySettings
+from tiny_engine import make_engine
 
 PATH = "/v1/embeddings"
 
@@ -210,3 +212,29 @@ def test_errors_are_openais(remote: OpenAI) -> None:
         remote.embeddings.create(model="builtin", input="a " * 1500)
     with pytest.raises(openai.NotFoundError):
         remote.embeddings.create(model="nobody", input="x")
+
+
+# ---- an embedding model -------------------------------------------------------------------------------
+
+
+async def test_an_embedding_model_makes_vectors_and_no_text(tmp_path: Path) -> None:
+    build_encoder("bert", tmp_path)
+    manager = ControlPlaneManager()
+    manager.register_engine(make_engine(tmp_path, max_model_len=64), model="vectors")
+    async with client_of(create_app(manager, default_model="vectors")) as client:
+        answer = await client.post(PATH, json={"model": "vectors", "input": ["One.", "Two."]})
+        assert [len(item["embedding"]) for item in answer.json()["data"]] == [64, 64]
+        for path, body in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+            ("/v1/completions", {"prompt": "hi"}),
+        ):
+            for stream in (False, True):
+                refused = await client.post(path, json={"model": "vectors", "stream": stream, **body})
+                assert refused.status_code == 400
+                error = refused.json()["error"]
+                assert (error["param"], "makes vectors of texts" in error["message"]) == ("model", True)
+        refused = await client.post("/v1/completions", json={"model": "default", "prompt": "hi"})
+        assert refused.status_code == 400
+        split = await client.post("/tokenize", json={"prompt": "One."})
+        assert split.json()["token_strs"] is None
+        assert split.json()["count"] > 3

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from sagellm_core.addresses import is_loopback
 from sagellm_gateway.keys import add_key, new_key
-from sagellm_gateway.settings import GatewaySettings, is_loopback, parse_settings
+from sagellm_gateway.settings import GatewaySettings, parse_settings
 from sagellm_protocol import InvalidArgumentError
 
 HASH = "sha256:" + "0" * 64

@@ -7,19 +7,20 @@ from dataclasses import fields
 
 from sagellm.cli.session import engine_of, make_engine
 from sagellm.config import load_user_config
-from sagellm_core.command import print_quietly
+from sagellm_core.command import kept_from_collector, print_quietly
 from sagellm_core.options import EngineFlags
 from sagellm_gateway.options import EnginesFlags, ServerFlags
 from sagellm_protocol import InvalidArgumentError
 
-_ENGINE_ONLY = ("host", "port", "name", "tls_cert", "tls_key")
+_ENGINE_ONLY = ("host", "port", "name", "tls_cert", "tls_key", "allow_no_key")
 
 
 def serve_model(flags: EngineFlags, server: ServerFlags) -> None:
     """Load one model and serve it until Ctrl-C or SIGTERM."""
     config = load_user_config()
     backend, engine = config.backend_and_engine(model=flags.model, backend=flags.backend, **flags.options())
-    from sagellm_gateway.launch import launch, make_plan
+    with kept_from_collector():
+        from sagellm_gateway.launch import launch, make_plan
 
     launch(make_plan(EnginesFlags(), server, backend=backend, engine=engine), make_engine=engine_of)
 
@@ -27,7 +28,8 @@ def serve_model(flags: EngineFlags, server: ServerFlags) -> None:
 def serve_many(engines: EnginesFlags, server: ServerFlags) -> None:
     """Load the models of a file or of flags, or the configured one, and serve them."""
     backend, engine = load_user_config().backend_and_engine(backend=engines.backend)
-    from sagellm_gateway.launch import launch, make_plan
+    with kept_from_collector():
+        from sagellm_gateway.launch import launch, make_plan
 
     launch(make_plan(engines, server, backend=backend, engine=engine), make_engine=engine_of)
 
@@ -39,12 +41,15 @@ def serve_engine_only(flags: EngineFlags, server: ServerFlags) -> None:
         flag = f"--{refused[0].replace('_', '-')}"
         raise InvalidArgumentError(f"{flag} is for the gateway, which --engine-only leaves out; drop one of them")
     engine = make_engine(flags)
-    from sagellm_core.engine_server import create_engine_app
+    from sagellm_core.addresses import refuse_exposed
+    from sagellm_core.engine_server import ENGINE_REMEDY, create_engine_app
     from sagellm_core.server_panel import ServerPanel, engine_rows, url_to_call
     from sagellm_core.server_registry import registered
     from sagellm_core.serving import ServerOptions, run_server
 
-    model = engine.config.model_path
+    host, model = "127.0.0.1" if server.host is None else server.host, engine.config.model_path
+    if not server.allow_no_key:
+        refuse_exposed(host, ENGINE_REMEDY, field="host")
     with ExitStack() as stack:
 
         def announce(url: str) -> None:
@@ -57,7 +62,7 @@ def serve_engine_only(flags: EngineFlags, server: ServerFlags) -> None:
         print_quietly(f"Loading {model} …")
         run_server(
             create_engine_app(lambda: engine),
-            "127.0.0.1" if server.host is None else server.host,
+            host,
             8000 if server.port is None else server.port,
             start=engine.start,
             announce=announce,

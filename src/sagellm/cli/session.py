@@ -5,13 +5,10 @@ Imports next to nothing: `chat --url` and `ps` don't wait for what an engine nee
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sagellm_core.command import print_quietly
+from sagellm_core.command import kept_from_collector, print_quietly
 
 if TYPE_CHECKING:
     from sagellm_core import LLMEngine, LLMEngineConfig
@@ -32,27 +29,10 @@ def engine_of(config: LLMEngineConfig) -> LLMEngine:
     from sagellm.cli.loading import LoadingBar
 
     # Imported here because it brings torch: a wrong configuration is said at once.
-    with _kept_from_collector():
+    with kept_from_collector():
         from sagellm_core import LLMEngine
 
     return LLMEngine(config, on_progress=LoadingBar())
-
-
-@contextmanager
-def _kept_from_collector() -> Iterator[None]:
-    """For imports: importing torch makes 160,000 objects for good, and the collector would search them again and again.
-
-    That takes a tenth of a second of the start, a third of a second of the end, and as much of every full collection.
-    """
-    if "torch" in sys.modules:  # imported by whoever called us, with garbage of theirs that is not to be kept
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def read_question(prompt: str | None, *, raw: bool, system: str | None) -> tuple[str, list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ for matrix products.
 """
 
 from sagellm_backend.reference.attention import copy_blocks, paged_attention, reshape_and_cache
+from sagellm_backend.reference.bidirectional import encoder_attention
 from sagellm_backend.reference.elementwise import (
     add_rms_norm,
     embedding,
@@ -28,6 +29,7 @@ __all__ = [
     "add_rms_norm",
     "copy_blocks",
     "embedding",
+    "encoder_attention",
     "gelu",
     "gelu_and_mul",
     "layer_norm",

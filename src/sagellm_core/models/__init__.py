@@ -9,6 +9,8 @@ from sagellm_protocol.lazy import lazy_exports
 if TYPE_CHECKING:
     from .config import ModelConfig, read_model_config
     from .decoder import CausalLM
+    from .encoder import EncoderModel
+    from .encoder_spec import EncoderSpec
     from .hub import LocalModel, list_local_models, resolve_model
     from .loader import LoadProgress, load_model
     from .registry import MODELS
@@ -19,6 +21,8 @@ else:
         {
             ".config": ("ModelConfig", "read_model_config"),
             ".decoder": ("CausalLM",),
+            ".encoder": ("EncoderModel",),
+            ".encoder_spec": ("EncoderSpec",),
             ".hub": ("LocalModel", "list_local_models", "resolve_model"),
             ".loader": ("LoadProgress", "load_model"),
             ".registry": ("MODELS",),
@@ -30,6 +34,8 @@ __all__ = [
     "MODELS",
     "CausalLM",
     "DecoderSpec",
+    "EncoderModel",
+    "EncoderSpec",
     "LoadProgress",
     "LocalModel",
     "ModelConfig",

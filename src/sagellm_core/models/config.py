@@ -11,8 +11,9 @@ from sagellm_protocol.dtypes import DType
 from sagellm_protocol.errors import InvalidArgumentError, NotFoundError, UnsupportedError
 
 from .checkpoint import SafetensorsCheckpoint, read_json
+from .encoder_spec import EncoderSpec
 from .hf_config import HFConfig
-from .pooling import PoolingSpec, read_pooling
+from .pooling import PoolingSpec, read_max_text_tokens, read_pooling
 from .registry import architecture_of, get_family
 from .spec import DecoderSpec
 
@@ -37,13 +38,18 @@ class ModelConfig:
 
     path: Path
     architecture: str
-    spec: DecoderSpec
+    spec: DecoderSpec | EncoderSpec
     dtype: DType
     max_model_len: int
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     pooling: PoolingSpec = field(default_factory=lambda: PoolingSpec("last"))
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the model makes vectors of texts only, and no text."""
+        return isinstance(self.spec, EncoderSpec)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -81,11 +87,11 @@ def read_model_config(path: str | Path) -> ModelConfig:
         architecture=architecture,
         spec=spec,
         dtype=_dtype(config, path),
-        max_model_len=spec.max_position_embeddings,
+        max_model_len=_max_model_len(spec, path),
         bos_token_id=_first(_token_ids(config, generation_config, "bos_token_id")),
         eos_token_ids=_token_ids(config, generation_config, "eos_token_id"),
         generation_config=generation_config,
-        pooling=read_pooling(path, "last"),
+        pooling=read_pooling(path, "mean" if isinstance(spec, EncoderSpec) else "last"),
     )
 
 
@@ -97,6 +103,13 @@ def to_torch_dtype(dtype: DType) -> torch.dtype:
     if dtype not in table:
         raise UnsupportedError(f"weights cannot be held in {dtype.value}; use fp32, fp16 or bf16", field="dtype")
     return table[dtype]
+
+
+def _max_model_len(spec: DecoderSpec | EncoderSpec, path: Path) -> int:
+    reach, made_for = spec.max_position_embeddings, None
+    if isinstance(spec, EncoderSpec):
+        made_for = read_max_text_tokens(path)
+    return reach if made_for is None else min(reach, made_for)
 
 
 def _refuse_quantized(config: HFConfig) -> None:

@@ -6,11 +6,9 @@ the one to the other and normalises in a single op. Everything a step needs come
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from sagellm_backend.ops import PackedLinear
-from sagellm_backend.quantized import QuantizedTensor
 from sagellm_core.layers.attention import Attention
 from sagellm_core.layers.embedding import Embedding, LMHead
 from sagellm_core.layers.linear import Linear
@@ -20,6 +18,7 @@ from sagellm_core.layers.norm import LayerNorm, NoNorm, Norm, RMSNorm
 from sagellm_core.layers.rotary import RotaryEmbedding
 
 from .spec import DecoderSpec, LayerSpec, MoESpec, RopeSpec
+from .weight_packer import WeightPacker
 
 if TYPE_CHECKING:
     import torch
@@ -138,35 +137,31 @@ class CausalLM:
         return self._lm_head(hidden)
 
 
-class _Builder:
-    """Makes layers out of parameters, counting the bytes of the weights on the way."""
+class _Builder(WeightPacker):
+    """Makes layers out of parameters."""
 
     def __init__(
         self, spec: DecoderSpec, reader: ParameterReader, ops: OpTable, max_model_len: int, cache: PackedCache | None
     ) -> None:
-        self.weight_bytes = 0
-        self.weight_formats: Counter[str] = Counter()
+        super().__init__(reader, ops, cache)
         self._spec = spec
-        self._reader = reader
-        self._ops = ops
         self._max_model_len = max_model_len
-        self._cache = cache
         self._rotaries: dict[RopeSpec, RotaryEmbedding] = {}
 
     def embedding_table(self) -> Tensor | PackedLinear:
         """The rows of tokens: packed where they are the LM head too, so that they lie in memory once."""
         if self._spec.tie_word_embeddings:
-            return self._packed("embedding.weight")
-        return self._table("embedding.weight")
+            return self.packed("embedding.weight")
+        return self.table("embedding.weight")
 
     def embedding(self, table: Tensor | PackedLinear) -> Embedding:
         spec = self._spec
-        positions = self._table("positions.weight") if spec.learned_positions else None
+        positions = self.table("positions.weight") if spec.learned_positions else None
         return Embedding(self._ops, table, positions, spec.embedding_scale, self._reader.compute_dtype)
 
     def lm_head(self, table: Tensor | PackedLinear) -> LMHead:
         spec = self._spec
-        packed = table if isinstance(table, PackedLinear) else self._packed("lm_head.weight")
+        packed = table if isinstance(table, PackedLinear) else self.packed("lm_head.weight")
         linear = Linear(self._ops, packed, self._reader.bias("lm_head.bias"))
         return LMHead(self._ops, linear, spec.logit_scale, spec.logit_soft_cap)
 
@@ -189,24 +184,24 @@ class _Builder:
 
     def norm(self, key: str) -> RMSNorm | LayerNorm:
         spec = self._spec.norm
-        weight = self._norm_weight(f"{key}.weight")
+        weight = self.norm_weight(f"{key}.weight")
         if spec.kind == "rms":
             return RMSNorm(self._ops, weight, spec.eps)
-        return LayerNorm(self._ops, weight, self._norm_weight(f"{key}.bias"), spec.eps)
+        return LayerNorm(self._ops, weight, self.norm_weight(f"{key}.bias"), spec.eps)
 
     def _attention(self, key: str, layer: LayerSpec) -> Attention:
         spec = self._spec
         has_norm = spec.qk_norm != "none"
         q_norm, k_norm = (
-            RMSNorm(self._ops, self._norm_weight(f"{key}{name}.weight"), spec.norm.eps) if has_norm else None
+            RMSNorm(self._ops, self.norm_weight(f"{key}{name}.weight"), spec.norm.eps) if has_norm else None
             for name in ("q_norm", "k_norm")
         )
         return Attention(
             self._ops,
             spec,
             layer,
-            qkv=self._linear(f"{key}qkv"),
-            o=self._linear(f"{key}o"),
+            qkv=self.linear(f"{key}qkv"),
+            o=self.linear(f"{key}o"),
             q_norm=q_norm,
             k_norm=k_norm,
             rotary=None if layer.rope is None else self._rotary(layer.rope),
@@ -216,52 +211,17 @@ class _Builder:
         mlp, ops = layer.mlp, self._ops
         if isinstance(mlp, MoESpec):
             gate_up, down = (
-                [self._packed(f"{key}experts.{e}.{name}.weight") for e in range(mlp.num_experts)]
+                [self.packed(f"{key}experts.{e}.{name}.weight") for e in range(mlp.num_experts)]
                 for name in ("gate_up", "down")
             )
             # Rounding the router would send tokens to other experts: it is small and stays as it is.
-            router = Linear(ops, self._count(ops.pack_linear(self._reader.table(f"{key}router.weight"))))
-            self._reader.finish(f"{key}router.weight")
+            router = Linear(ops, self.exact(f"{key}router.weight"))
             return MoE(ops, mlp, router, gate_up, down)
         if mlp.gated:
-            return MLP(self._linear(f"{key}gate_up"), gated_activation(ops, mlp.activation), self._linear(f"{key}down"))
-        return MLP(self._linear(f"{key}up"), plain_activation(ops, mlp.activation), self._linear(f"{key}down"))
+            return MLP(self.linear(f"{key}gate_up"), gated_activation(ops, mlp.activation), self.linear(f"{key}down"))
+        return MLP(self.linear(f"{key}up"), plain_activation(ops, mlp.activation), self.linear(f"{key}down"))
 
     def _rotary(self, spec: RopeSpec) -> RotaryEmbedding:
         if spec not in self._rotaries:
             self._rotaries[spec] = RotaryEmbedding(self._ops, spec, self._max_model_len, self._reader.device)
         return self._rotaries[spec]
-
-    def _linear(self, key: str) -> Linear:
-        return Linear(self._ops, self._packed(f"{key}.weight"), self._reader.bias(f"{key}.bias"))
-
-    def _packed(self, key: str) -> PackedLinear:
-        packed = None if self._cache is None else self._cache.get(key)
-        if packed is None:
-            packed = self._pack(self._reader.weight(key))
-            if self._cache is not None:
-                self._cache.add(key, packed)
-        self._reader.finish(key)
-        return self._count(packed)
-
-    def _pack(self, weight: Tensor | QuantizedTensor) -> PackedLinear:
-        method = self._reader.method
-        if method is None or isinstance(weight, QuantizedTensor):
-            return self._ops.pack_linear(weight)
-        return method.pack(self._ops, weight)
-
-    def _count(self, packed: PackedLinear) -> PackedLinear:
-        self.weight_bytes += packed.nbytes
-        self.weight_formats[packed.format] += 1
-        return packed
-
-    def _table(self, key: str) -> Tensor:
-        table = self._reader.table(key)
-        self._reader.finish(key)
-        self.weight_bytes += table.nbytes
-        return table
-
-    def _norm_weight(self, key: str) -> Tensor:
-        weight = self._reader.norm(key)
-        self.weight_bytes += weight.nbytes
-        return weight

@@ -33,8 +33,9 @@ _BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 _MODELSCOPE_PREFIX = "modelscope:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
-# Sub-folders and `consolidated*` hold the same weights once more, in other formats.
-_UNWANTED = ["*/*", "consolidated*", "*.onnx.json", "training_args*"]
+# Sub-folders and `consolidated*` hold the same weights once more, in other formats; all but `1_Pooling`, which says how
+# vectors are made.
+_UNWANTED = ["[!0-9]*/*", "consolidated*", "*.onnx.json", "training_args*"]
 
 
 @dataclass(frozen=True, slots=True)

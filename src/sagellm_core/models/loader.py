@@ -22,8 +22,13 @@ from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 from .checkpoint import SafetensorsCheckpoint, TensorInfo, TensorSource, safetensors_files
 from .config import ModelConfig, read_model_config
 from .decoder import CausalLM
+from .encoder import EncoderModel
+from .encoder_family import EncoderFamily, encoder_plan
+from .encoder_spec import EncoderSpec
+from .family import ModelFamily
 from .packed_cache import PackedCache, default_folder
 from .registry import get_family
+from .spec import DecoderSpec
 from .weights import Parameter, Part, WeightNames, parameter_plan
 
 if TYPE_CHECKING:
@@ -51,7 +56,7 @@ def load_model(
     cache_folder: Path | None = None,
     cache_bytes: int = 0,
     on_progress: LoadProgress | None = None,
-) -> CausalLM:
+) -> CausalLM | EncoderModel:
     """Load the model at `path` (a folder with config.json and safetensors, or a `.gguf` file) onto a provider's device.
 
     `dtype` is that of the weights (None: the checkpoint's, whole numbers of a GGUF file among them); activations take
@@ -64,16 +69,17 @@ def load_model(
     for what this library cannot run.
     """
     config = read_model_config(path)
-    limit = config.spec.max_position_embeddings
+    spec = config.spec
+    limit = spec.max_position_embeddings
     if max_model_len is not None and max_model_len > limit:
         raise InvalidArgumentError(
             f"max_model_len {max_model_len} exceeds the {limit} positions of {config.path}; lower it",
             field="max_model_len",
         )
-    source, names = _open(config)
+    source, names, plan = _open(config)
     method = None if quantization == "none" else get_quant_method(quantization)
     reader = ParameterReader(
-        parameter_plan(config.spec, names),
+        plan,
         source,
         names,
         weight_dtype=dtype or config.torch_dtype,
@@ -84,6 +90,8 @@ def load_model(
         may_lend=provider.packed_layout is not None,
         on_progress=on_progress,
     )
+    if isinstance(spec, EncoderSpec):
+        return EncoderModel(spec, reader, provider.ops, max_model_len=max_model_len or limit)
     cache = None
     # Floats are packed about as fast as a file of theirs is read, and would lie on the disk twice.
     has_whole_numbers = method is not None or config.path.is_file()
@@ -94,19 +102,33 @@ def load_model(
         )
         how = [quantization, str(dtype), provider.packed_layout]
         cache = PackedCache(cache_folder or default_folder(), files, how, provider, cache_bytes)
-    model = CausalLM(config.spec, reader, provider.ops, max_model_len=max_model_len or limit, cache=cache)
+    model = CausalLM(spec, reader, provider.ops, max_model_len=max_model_len or limit, cache=cache)
     if cache is not None:
         cache.save()
     return model
 
 
-def _open(config: ModelConfig) -> tuple[TensorSource, WeightNames]:
+def _open(config: ModelConfig) -> tuple[TensorSource, WeightNames, dict[str, Parameter]]:
+    """The checkpoint, the names of its tensors, and what the model is made of."""
+    spec = config.spec
+    if isinstance(spec, EncoderSpec):
+        family = get_family(config.architecture)
+        assert isinstance(family, EncoderFamily), family
+        names = family.weight_names()
+        return SafetensorsCheckpoint(config.path), names, encoder_plan(spec, names)
+    source, weight_names = _open_decoder(config, spec)
+    return source, weight_names, parameter_plan(spec, weight_names)
+
+
+def _open_decoder(config: ModelConfig, spec: DecoderSpec) -> tuple[TensorSource, WeightNames]:
     if config.path.is_file():
         from .gguf import GGUFCheckpoint, gguf_weight_names
 
         checkpoint = GGUFCheckpoint(config.path)
-        return checkpoint, gguf_weight_names(checkpoint, config.spec)
-    return SafetensorsCheckpoint(config.path), get_family(config.architecture).weight_names(config.spec)
+        return checkpoint, gguf_weight_names(checkpoint, spec)
+    family = get_family(config.architecture)
+    assert isinstance(family, ModelFamily), family
+    return SafetensorsCheckpoint(config.path), family.weight_names(spec)
 
 
 class ParameterReader:

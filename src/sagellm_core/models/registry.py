@@ -6,12 +6,15 @@ import importlib
 
 from sagellm_protocol.errors import UnsupportedError
 
+from .encoder_family import EncoderFamily
 from .family import ModelFamily
 from .hf_config import HFConfig
 
 __all__ = ["MODELS", "architecture_of", "get_family"]
 
 MODELS: dict[str, str] = {
+    "BertForMaskedLM": "bert:Bert",
+    "BertModel": "bert:Bert",
     "GPT2LMHeadModel": "gpt2:GPT2",
     "GPTNeoXForCausalLM": "gpt_neox:GPTNeoX",
     "Gemma2ForCausalLM": "gemma2:Gemma2",
@@ -20,17 +23,22 @@ MODELS: dict[str, str] = {
     "LlamaForCausalLM": "llama:Llama",
     "MistralForCausalLM": "mistral:Mistral",
     "MixtralForCausalLM": "mixtral:Mixtral",
+    "NomicBertModel": "nomic_bert:NomicBert",
     "Olmo2ForCausalLM": "olmo2:Olmo2",
     "Phi3ForCausalLM": "phi3:Phi3",
     "Qwen2ForCausalLM": "qwen2:Qwen2",
     "Qwen3ForCausalLM": "qwen3:Qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe:Qwen3Moe",
+    "RobertaForMaskedLM": "roberta:Roberta",
+    "RobertaModel": "roberta:Roberta",
     "SmolLM3ForCausalLM": "smollm3:SmolLM3",
+    "XLMRobertaForMaskedLM": "roberta:Roberta",
+    "XLMRobertaModel": "roberta:Roberta",
 }
 """Architecture, as `config.json` names it, -> `module:class` in this package, imported when it is needed."""
 
 
-def get_family(architecture: str) -> ModelFamily:
+def get_family(architecture: str) -> ModelFamily | EncoderFamily:
     """The family of `architecture`; raises `UnsupportedError`, listing the supported ones."""
     target = MODELS.get(architecture)
     if target is None:
@@ -39,7 +47,7 @@ def get_family(architecture: str) -> ModelFamily:
             field="architectures",
         )
     module, _, name = target.partition(":")
-    family: ModelFamily = getattr(importlib.import_module(f"{__package__}.{module}"), name)()
+    family: ModelFamily | EncoderFamily = getattr(importlib.import_module(f"{__package__}.{module}"), name)()
     return family
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from sagellm_core.sampling.metadata import LogitEdits, SamplingMetadata
 
-_SPARSE = 64  # one of so many tokens or fewer: faster to pick them out than to fill all others
-
 
 def process_logits(logits: Tensor, meta: SamplingMetadata) -> None:
     """Apply, in this order: bias, banned and allowed tokens, repetition, presence and frequency penalties, masks."""
@@ -74,10 +72,18 @@ def apply_additive_penalties(logits: Tensor, penalties: LogitEdits) -> None:
 def apply_mask(logits: Tensor, mask: NDArray[np.int32]) -> None:
     """Logit = -inf for tokens of one row [V] whose bit is not set in `mask`, lowest bit first."""
     allowed = np.unpackbits(mask.view(np.uint8), count=logits.shape[-1], bitorder="little").view(np.bool_)
-    if 0 < _SPARSE * np.count_nonzero(allowed) < len(allowed):
-        allow_only(logits, np.flatnonzero(allowed))
-    else:
+    if logits.device.type != "cpu":
         logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
+        return
+    # On one thread, and only the entries of the smaller side: to wake a team would cost more.
+    values = logits.numpy()
+    if 2 * np.count_nonzero(allowed) < len(allowed):
+        places = np.flatnonzero(allowed)
+        kept = values[places]
+        values.fill(-np.inf)
+        values[places] = kept
+    else:
+        values[np.flatnonzero(~allowed)] = -np.inf
 
 
 def _inside(logits: Tensor, edits: LogitEdits) -> tuple[Tensor, Tensor, Tensor]:

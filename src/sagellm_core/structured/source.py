@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits
@@ -66,7 +66,8 @@ def grammar_source(wanted: StructuredOutput, *, max_bytes: int, max_depth: int) 
             grammar = gbnf_to_lark(grammar)
         except Exception as error:
             raise _refusal(f"grammar cannot be read: {_first_line(error)}; write it in Lark's notation") from error
-    return GrammarSource(LLMatcher.grammar_from_lark(_with_json_options(grammar)), _quoted_literals(grammar))
+    text = LLMatcher.grammar_from_lark(_replace_schemas(grammar, _with_json_options))
+    return GrammarSource(text, _quoted_literals(_replace_schemas(grammar, lambda schema: "{}")))
 
 
 def parser_limits() -> LLParserLimits:
@@ -103,8 +104,13 @@ def _patterns(node: Any) -> Iterator[str]:
             yield from _patterns(child)
 
 
-def _with_json_options(grammar: str) -> str:
-    """The grammar with `_JSON_OPTIONS` in each JSON Schema within it that has no such options of its own."""
+def _with_json_options(schema: dict[str, Any]) -> str:
+    """A schema within a grammar, with `_JSON_OPTIONS` if it has no such options of its own."""
+    return json.dumps({"x-guidance": _JSON_OPTIONS, **schema}, ensure_ascii=False)
+
+
+def _replace_schemas(grammar: str, text_of: Callable[[dict[str, Any]], str]) -> str:
+    """The grammar with each JSON Schema in it written anew."""
     parts, done = [], 0
     for match in _EMBEDDED_SCHEMA.finditer(grammar):
         if match.start() < done:
@@ -113,9 +119,8 @@ def _with_json_options(grammar: str) -> str:
             schema, end = json.JSONDecoder().raw_decode(grammar, match.end())
         except ValueError:
             break  # the library says what is wrong
-        if isinstance(schema, dict):
-            parts += [grammar[done : match.end()], json.dumps({"x-guidance": _JSON_OPTIONS, **schema})]
-            done = end
+        parts += [grammar[done : match.end()], text_of(schema)]
+        done = end
     return "".join([*parts, grammar[done:]])
 
 

@@ -130,7 +130,7 @@ class SteeredMatcher(GrammarMatcher):
         """Move the completion over a token; False, with all as it was, if none that fits is known behind it."""
         if self._symbols is None or token_id in self._vocabulary.eos_token_ids:
             return True
-        written = self._vocabulary.symbols_of(token_id)
+        written = self._written(token_id)
         known = self._completion
         if known is not None and known.symbols.startswith(written):
             rest = known.after(len(written))
@@ -156,13 +156,22 @@ class SteeredMatcher(GrammarMatcher):
 
     def _take(self, token_id: int) -> None:
         """Write a token that the completion begins with, or that must be taken whatever comes of it."""
-        written = self._vocabulary.symbols_of(token_id)
-        if self._symbols is None or token_id in self._vocabulary.eos_token_ids or not self._write(written):
+        if self._symbols is None or token_id in self._vocabulary.eos_token_ids:
+            return
+        written = self._written(token_id)
+        if not self._write(written):
             return
         if self._completion is not None and self._completion.symbols.startswith(written):
             self._completion = self._completion.after(len(written))
         else:
             self._lose()
+
+    def _written(self, token_id: int) -> str:
+        """What a token writes here: itself where the grammar names it, else its text."""
+        mark = self._vocabulary.marks.get(token_id)
+        if mark is not None and self._symbols is not None and self._symbols.validate_tokens([ord(mark)]) == 1:
+            return mark
+        return self._vocabulary.symbols_of(token_id)
 
     def _write(self, written: str) -> bool:
         """Move the matcher over symbols; one that disagrees with that over tokens cannot be steered by."""

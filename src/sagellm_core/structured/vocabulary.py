@@ -1,8 +1,9 @@
 """A model's tokens as the grammar library sees them, and the same text as single bytes.
 
-A *symbol* is a byte, or a special token of the model (an end of turn, a mark of a tool call). Texts of symbols are
-Python strings: characters below 256 are bytes, those from 256 on special tokens. Completions are searched for symbol by
-symbol, in a vocabulary of some hundred entries, and then written with as few of the model's tokens as will do.
+A *symbol* is a byte, or a token that a grammar may name as such: a special token, or one that was added to the model's
+vocabulary (a mark of a tool call). Texts of symbols are Python strings: characters below 256 are bytes, those from 256
+on tokens. Completions are searched for symbol by symbol, in a vocabulary of some hundred entries, and then written with
+as few of the model's tokens as will do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import msgspec
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from sagellm_core.tokenizer import Tokenizer
@@ -32,25 +34,31 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
-        if tokenizer.definition is None:
+        definition = tokenizer.definition
+        if definition is None:
             raise UnsupportedError(
                 "structured output needs a tokenizer.json; convert the tokenizer (save_pretrained writes one)"
             )
         self.eos_token_ids = frozenset(eos_token_ids)
         known = max(tokenizer.vocab_size, vocab_size)
         try:
-            self.tokens = LLTokenizer(tokenizer.definition, n_vocab=known, eos_token=sorted(eos_token_ids) or None)
+            self.tokens = LLTokenizer(definition, n_vocab=known, eos_token=sorted(eos_token_ids) or None)
         except ValueError as error:
             raise UnsupportedError(f"structured output cannot use this model's tokenizer: {error}") from error
-        specials = [
-            token_id
-            for token_id in range(tokenizer.vocab_size)
-            if token_id in self.eos_token_ids or self.tokens.is_special_token(token_id)
-        ]
-        self._special_symbols = {token_id: chr(NUM_BYTES + i) for i, token_id in enumerate(specials)}
+        added = [token_id for token_id in _added_token_ids(definition) if token_id < known]
+        named = sorted(
+            {*added, *self.eos_token_ids, *filter(self.tokens.is_special_token, range(tokenizer.vocab_size))}
+        )
+        self._named = {token_id: chr(NUM_BYTES + i) for i, token_id in enumerate(named)}
+        #: Added tokens that are text where a grammar does not name them, as symbols for where it does.
+        self.marks = {
+            token_id: symbol
+            for token_id, symbol in self._named.items()
+            if token_id not in self.eos_token_ids and not self.tokens.is_special_token(token_id)
+        }
         self._token_ids = self._read_tokens(min(tokenizer.vocab_size, vocab_size))
         self._symbols: dict[int, str] = {}
-        self.symbols = _symbol_tokenizer(self.tokens, specials, self.eos_token_ids)
+        self.symbols = _symbol_tokenizer(self.tokens, named, self.eos_token_ids)
         self.eos_symbols = frozenset(self.symbols.eos_tokens)
         self.eos_symbol = min(self.eos_symbols)
         self.longest_token = min(_LONGEST_TOKEN, max(map(len, self._token_ids), default=1))
@@ -59,7 +67,7 @@ class Vocabulary:
         """Symbols -> the lowest id of a token that writes them."""
         token_ids: dict[str, int] = {}
         for token_id in range(num_tokens):
-            text = self._special_symbols.get(token_id) or self.tokens.decode_bytes([token_id]).decode("latin-1")
+            text = self._named.get(token_id) or self.tokens.decode_bytes([token_id]).decode("latin-1")
             if text:
                 token_ids.setdefault(text, token_id)
             if token_id % 256 == 0:
@@ -67,10 +75,10 @@ class Vocabulary:
         return token_ids
 
     def symbols_of(self, token_id: int) -> str:
-        """What a token writes; nothing for an id that no token has."""
+        """What a token writes where no grammar names it; nothing for an id that no token has."""
         symbols = self._symbols.get(token_id)
         if symbols is None:
-            symbols = self._special_symbols.get(token_id)
+            symbols = None if token_id in self.marks else self._named.get(token_id)
             if symbols is None:
                 symbols = self.tokens.decode_bytes([token_id]).decode("latin-1")
             self._symbols[token_id] = symbols
@@ -110,7 +118,7 @@ class Vocabulary:
     def _translate_range(self, text: str) -> str:
         first_last = [part.split("-", 1) for part in text.split(",")]
         token_ids = (i for part in first_last for i in range(int(part[0]), int(part[-1]) + 1))
-        return ",".join(str(ord(self._special_symbols[token_id])) for token_id in token_ids)
+        return ",".join(str(ord(self._named[token_id])) for token_id in token_ids)
 
 
 class _Symbols:
@@ -127,10 +135,24 @@ class _Symbols:
         return list(text)
 
 
-def _symbol_tokenizer(tokens: Any, specials: Sequence[int], eos_token_ids: frozenset[int]) -> Any:
+class _Added(msgspec.Struct):
+    id: int
+
+
+class _Definition(msgspec.Struct):
+    """What is read of a `tokenizer.json`."""
+
+    added_tokens: list[_Added] = []
+
+
+def _added_token_ids(definition: str) -> list[int]:
+    return [token.id for token in msgspec.json.decode(definition, type=_Definition).added_tokens]
+
+
+def _symbol_tokenizer(tokens: Any, named: Sequence[int], eos_token_ids: frozenset[int]) -> Any:
     texts = [bytes([byte]) for byte in range(NUM_BYTES)]
-    texts += [b"\xff" + tokens.decode_bytes([token_id]) for token_id in specials]
-    eos = [NUM_BYTES + i for i, token_id in enumerate(specials) if token_id in eos_token_ids]
+    texts += [b"\xff" + tokens.decode_bytes([token_id]) for token_id in named]
+    eos = [NUM_BYTES + i for i, token_id in enumerate(named) if token_id in eos_token_ids]
     if not eos:
         eos = [len(texts)]
         texts.append(b"\xff<|no end token|>")

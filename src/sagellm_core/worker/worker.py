@@ -14,6 +14,8 @@ from sagellm_core.executor.base import KVCacheCapacity
 from sagellm_core.models import LoadProgress, ModelConfig, load_model
 from sagellm_core.models.config import to_torch_dtype
 from sagellm_core.models.decoder import CausalLM
+from sagellm_core.models.encoder import EncoderModel
+from sagellm_core.worker.encoder_runner import EncoderRunner
 from sagellm_core.worker.model_runner import ModelRunner
 from sagellm_protocol import DType, ResourceExhaustedError, UnavailableError
 
@@ -35,8 +37,8 @@ class Worker:
         self.model_config = model_config
         self.provider = provider
         self._on_progress = on_progress
-        self._model: CausalLM | None = None
-        self._runner: ModelRunner | None = None
+        self._model: CausalLM | EncoderModel | None = None
+        self._runner: ModelRunner | EncoderRunner | None = None
         self._capacity: KVCacheCapacity | None = None
 
     def load_model(self) -> None:
@@ -59,6 +61,8 @@ class Worker:
     def allocate_kv_cache(self) -> KVCacheCapacity:
         """Allocate as many blocks as configuration and memory allow; at least one request must fit."""
         model = self._loaded_model()
+        if isinstance(model, EncoderModel):
+            return self._without_kv_cache(model)
         spec = model.spec
         kv_dtype = model.weight_dtype
         if self.config.kv_cache_dtype != "auto":
@@ -70,6 +74,13 @@ class Worker:
         self._runner = ModelRunner(model, self.provider, kv_caches)
         self._capacity = KVCacheCapacity(num_blocks, layout.block_size, layout.bytes_per_block // layout.block_size)
         logger.info("KV cache: %d blocks of %d tokens, %s", num_blocks, layout.block_size, kv_dtype)
+        return self._capacity
+
+    def _without_kv_cache(self, model: EncoderModel) -> KVCacheCapacity:
+        """Places for the scheduler to count with, as many as the batch can need; nothing lies behind them."""
+        per_request = -(-self.config.max_model_len // self.config.block_size)
+        self._runner = EncoderRunner(model, self.provider)
+        self._capacity = KVCacheCapacity(per_request * self.config.max_batch_size, self.config.block_size, 0)
         return self._capacity
 
     def execute_model(self, output: SchedulerOutput) -> ModelRunnerOutput:
@@ -99,7 +110,7 @@ class Worker:
         self._runner = None
         self._model = None
 
-    def _loaded_model(self) -> CausalLM:
+    def _loaded_model(self) -> CausalLM | EncoderModel:
         if self._model is None:
             raise UnavailableError("the worker has no model yet; start the engine first")
         return self._model

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sagellm_core.addresses import is_loopback, refuse_exposed
 from sagellm_gateway.context import CALLER, Caller
-from sagellm_gateway.settings import GatewaySettings, is_loopback
-from sagellm_protocol import InvalidArgumentError, PermissionDeniedError, UnauthenticatedError
+from sagellm_gateway.settings import GatewaySettings
+from sagellm_protocol import PermissionDeniedError, UnauthenticatedError
 
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
@@ -128,10 +129,10 @@ def _is_own_host(host: bytes, names: frozenset[str]) -> bool:
 
 def check_exposure(settings: GatewaySettings) -> None:
     """Raise `InvalidArgumentError` where a gateway that needs no key would listen beyond this machine."""
-    if settings.auth.keys or settings.auth.allow_no_key or is_loopback(settings.server.host):
-        return
-    raise InvalidArgumentError(
-        f"{settings.server.host} can be reached from other machines, but no API key is needed: make one with "
-        "`sage-llm key new NAME` (or set SAGELLM_API_KEY), listen on 127.0.0.1, or allow it with auth.allow_no_key",
-        field="auth.keys",
-    )
+    if not settings.auth.keys and not settings.auth.allow_no_key:
+        refuse_exposed(
+            settings.server.host,
+            "make one with `sage-llm key new NAME` (or set SAGELLM_API_KEY), listen on 127.0.0.1, or allow it with "
+            "--allow-no-key (auth.allow_no_key)",
+            field="auth.keys",
+        )

@@ -28,8 +28,8 @@ class ReasoningFormat:
         return (self.opening, self.closing)
 
     def is_open(self, prompt: str) -> bool:
-        """Whether a prompt ends within a thought, as some templates make it."""
-        return prompt.rfind(self.opening) > prompt.rfind(self.closing)
+        """Whether a prompt ends with a thought just opened, as some templates make it."""
+        return prompt.rstrip().endswith(self.opening)
 
     def parser(self, index: int, prompt_opens: bool) -> ReasoningParser:
         """A parser for the text of the choice number `index`."""

@@ -39,13 +39,13 @@ class ToolFormat(ABC):
 
     `opening` begins an answer's calls, and nothing else; None where nothing does. `marks` are the texts that may be
     tokens of the model; `token_ids` says which of them are. A text that is to be parsed must show them: where
-    `marks_are_special`, special tokens must not be left out of it.
+    `marks_are_special`, which they are in some models of a family, special tokens must not be left out of it.
     """
 
     name: ClassVar[str]
     opening: ClassVar[str | None]
     marks: ClassVar[tuple[str, ...]] = ()
-    marks_are_special: ClassVar[bool] = False
+    marks_are_special: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

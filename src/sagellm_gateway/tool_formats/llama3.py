@@ -23,7 +23,6 @@ class Llama3Format(ToolFormat):
     name = "llama3"
     opening = None
     marks = (_TAG,)
-    marks_are_special = True
 
     @classmethod
     def matches(cls, chat_template: str) -> bool:

@@ -27,7 +27,6 @@ class MistralFormat(ToolFormat):
     name = "mistral"
     opening = _CALLS
     marks = (_CALLS, _ARGS)
-    marks_are_special = True
 
     def __init__(self, *, is_named: bool = False) -> None:
         self._is_named = is_named

@@ -28,9 +28,9 @@ def property_schema(schema: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return _resolved(found, schema)
 
 
-def is_text(schema: Mapping[str, Any]) -> bool:
-    """Whether a schema allows nothing but strings."""
-    return set(_types(schema, schema, _MAX_REFS)) == {"string"}
+def is_text(schema: Mapping[str, Any], name: str) -> bool:
+    """Whether an object's property can be nothing but a string."""
+    return set(_types(property_schema(schema, name), schema, _MAX_REFS)) == {"string"}
 
 
 def json_text(raw: str, schema: Mapping[str, Any], name: str) -> str:

@@ -19,6 +19,7 @@ class PlainFormat(ToolFormat):
 
     name = "plain"
     opening = None
+    marks_are_special = False
 
     @classmethod
     def matches(cls, chat_template: str) -> bool:

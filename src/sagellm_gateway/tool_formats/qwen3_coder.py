@@ -81,7 +81,7 @@ def _value_rule(rule: str, schema: Mapping[str, Any], name: str, *, is_free: boo
     end = lark_string(f"\n{_PARAMETER_END}\n")
     if is_free:
         return f'{rule}: any_text "\\n"'
-    if not is_text(wanted):
+    if not is_text(schema, name):
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         return f"{rule}: {lark_json({**shared, **wanted}, lenient=is_lenient)} {end}"
     if texts := [text for text in values_of(wanted) if isinstance(text, str)]:
@@ -137,7 +137,7 @@ class Qwen3CoderParser(CallParser):
         if rest.startswith(_PARAMETER) and found:
             self._argue(f"{'' if self._is_first else ', '}{json.dumps(key, ensure_ascii=False)}: ")
             self._key, self._unread, self._is_first, self._is_begun = key, behind, False, False
-            self._is_text = is_text(property_schema(self._schema, key))
+            self._is_text = is_text(self._schema, key)
             self._state = self._read_value
             return True
         is_end_mark = rest.startswith(_FUNCTION_END)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from encoder_zoo import embedding_files
 from sagellm_core import LLMEngine
 from sagellm_protocol import (
     EmbedParams,
@@ -29,21 +30,6 @@ def prompts(count: int = 6, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     shared = [rng.randrange(3, 250) for _ in range(3 * BLOCK_SIZE)]
     return [shared[: 24 * (i % 2)] + [rng.randrange(3, 250) for _ in range(rng.randrange(1, 60))] for i in range(count)]
-
-
-def say_pooling(folder: Path, mode: str, *, normalize: bool = True) -> None:
-    """Write the files of sentence-transformers."""
-    names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
-    paths = ["", "1_Pooling", "2_Normalize"]
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for i, (name, path) in enumerate(zip(names, paths, strict=False))
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    modes = dict.fromkeys(["pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_max_tokens"], False)
-    config = {"word_embedding_dimension": 64, **modes, f"pooling_mode_{mode}": True}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
 
 
 def rows_of(model: Any, token_ids: list[int]) -> torch.Tensor:
@@ -80,7 +66,7 @@ POOLINGS = {
 @pytest.mark.parametrize("mode", POOLINGS)
 async def test_vectors_equal_transformers(tmp_path: Path, mode: str, normalize: bool) -> None:
     model = build_checkpoint(tmp_path)
-    say_pooling(tmp_path, mode, normalize=normalize)
+    embedding_files(tmp_path, mode, normalize=normalize)
     inputs = prompts()
     vectors = await embed(tmp_path, inputs, prefill_chunk_size=7)
     for token_ids, vector in zip(inputs, vectors, strict=True):
@@ -113,7 +99,7 @@ async def test_vectors_do_not_depend_on_company_chunks_or_cache(
     tmp_path: Path, mode: str, options: dict[str, Any]
 ) -> None:
     build_checkpoint(tmp_path)
-    say_pooling(tmp_path, mode)
+    embedding_files(tmp_path, mode)
     inputs = prompts(12, seed=1)
     alone = [(await embed(tmp_path, [token_ids]))[0] for token_ids in inputs[:4]]
     assert (await embed(tmp_path, inputs * 2, **options))[:4] == alone
@@ -121,7 +107,7 @@ async def test_vectors_do_not_depend_on_company_chunks_or_cache(
 
 async def test_preempted_texts_begin_again(tmp_path: Path) -> None:
     build_checkpoint(tmp_path)
-    say_pooling(tmp_path, "mean_tokens")
+    embedding_files(tmp_path, "mean_tokens")
     inputs = prompts(8, seed=2)
     expected = await embed(tmp_path, inputs)
     async with make_engine(tmp_path, num_kv_blocks=16, prefill_chunk_size=4, enable_prefix_caching=False) as engine:
@@ -213,7 +199,7 @@ async def test_a_vector_is_no_stream(folder: Path, reference: Any) -> None:
 
 async def test_what_is_not_built_is_refused_by_name(tmp_path: Path) -> None:
     build_checkpoint(tmp_path)
-    say_pooling(tmp_path, "weightedmean_tokens")
+    embedding_files(tmp_path, "weightedmean_tokens")
     with pytest.raises(UnsupportedError, match="pooling_mode_weightedmean_tokens is not supported"):
         await make_engine(tmp_path).start()
     modules = [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]

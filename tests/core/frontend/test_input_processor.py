@@ -205,6 +205,22 @@ def test_a_client_cannot_reach_behind_the_template(
     assert caught.value.context["field"] == "chat_template_kwargs"
 
 
+@pytest.mark.parametrize("arguments", ["[" * 100_000, "9" * 5_000, "{", '{"a": ' * 500])
+def test_a_calls_arguments_that_are_no_json_are_shown_as_they_are(
+    process: Callable[..., list[EngineCoreRequest]], byte_level: Tokenizer, arguments: str
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+    if len(arguments) > 32_768:
+        with pytest.raises(InvalidArgumentError, match="more than 32768 objects and lists"):
+            process(messages=messages)
+    else:
+        source = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
+        tokenizer = Tokenizer(byte_level._backend, chat_templates={"default": source})
+        (core,) = process({"tokenizer": tokenizer, "max_model_len": 20_000}, messages=messages)
+        assert tokenizer.decode(core.prompt_token_ids) == arguments
+
+
 class CountingTokenizer:
     """Tells how many characters were split."""
 

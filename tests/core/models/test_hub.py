@@ -81,6 +81,8 @@ def test_download_takes_what_is_needed(tmp_path: Path, monkeypatch: pytest.Monke
                 "original/params.json",
                 "consolidated.safetensors",
                 "onnx/model.onnx",
+                "modules.json",
+                "1_Pooling/config.json",
                 "README.md",
             ],
             allow_patterns=options["allow_patterns"],
@@ -95,6 +97,8 @@ def test_download_takes_what_is_needed(tmp_path: Path, monkeypatch: pytest.Monke
         "tokenizer.model",
         "merges.txt",
         "chat_template.jinja",
+        "modules.json",
+        "1_Pooling/config.json",
     }
 
 

@@ -24,6 +24,7 @@ from sagellm_protocol import (
     SamplingParams,
     StreamEventDelta,
     StreamEventEnd,
+    StructuredOutput,
 )
 
 PERSON = {
@@ -271,6 +272,15 @@ def _start_as(kind: type, grammar: Any, start: Any) -> Any:
         return matcher
 
     return start_as
+
+
+async def test_the_short_form(engine: LLMEngine) -> None:
+    form = StructuredOutput(choice=["yes", "no"])
+    answer = await engine.generate("Is it so?", structured_output=form, max_tokens=8)
+    assert answer.output_text in ("yes", "no")
+    events = [event async for event in engine.stream("Is it so?", structured_output=form, max_tokens=8)]
+    assert isinstance(events[-1], StreamEventEnd)
+    assert events[-1].output_text == answer.output_text
 
 
 async def test_nothing_is_loaded_without_a_form() -> None:

@@ -13,11 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llguidance import LLParserLimits
+from tokenizers import AddedToken
 
 from sagellm_core.structured import compiler, steering
 from sagellm_core.structured.compiler import CompiledGrammar, CompileLimits
 from sagellm_core.structured.vocabulary import Vocabulary
+from sagellm_core.tokenizer import FastBackend, Tokenizer
 from sagellm_protocol import InvalidArgumentError, StructuredOutput
+from small_tokenizers import byte_level_backend
 
 Build = Callable[..., CompiledGrammar]
 Write = Callable[..., tuple[list[int], bool]]
@@ -283,3 +286,32 @@ def test_a_grammar_that_grows_beyond_its_limits_ends(
     with pytest.raises(InvalidArgumentError, match="cannot be compiled") as error:
         write(grammar, 200, wishes(vocabulary, "random", 0))
     assert error.value.context["field"] == "structured_output"
+
+
+@pytest.mark.parametrize("max_tokens", [9, 10, 14, 30])
+def test_added_tokens_that_a_grammar_names(max_tokens: int) -> None:
+    """As Qwen's marks of tool calls: text for the tokenizer, single tokens for the grammar and the model."""
+    backend = byte_level_backend()
+    backend.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("</tool>", normalized=False)])
+    tokenizer = Tokenizer(FastBackend(backend), special_tokens={"eos_token": "<|im_end|>"})
+    opening, closing = tokenizer.encode("<tool></tool>")
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids)
+    wanted = StructuredOutput(
+        grammar=f"""start: /(?s:.+)/? <[{opening}]> call <[{closing}]>
+call: %json {{"type": "object", "properties": {{"x": {{"type": "integer"}}}}, "required": ["x"]}}
+"""
+    )
+    grammar = CompiledGrammar(vocabulary, wanted, CompileLimits())
+    assert grammar.completion is not None
+    assert grammar.completion.num_tokens <= 9
+    matcher, token_ids = grammar.start(max_tokens), list[int]()
+    wish = wishes(vocabulary, "random", max_tokens)
+    while not matcher.is_terminated:
+        bits = np.unpackbits(matcher.allowed.view(np.uint8), bitorder="little")[: vocabulary.tokens.vocab_size]
+        token_ids.append(
+            matcher.accept(int(np.where(bits, wish([]), -np.inf).argmax()), max_tokens - len(token_ids) - 1)
+        )
+    assert len(token_ids) <= max_tokens
+    begin = token_ids.index(opening)
+    assert token_ids[-1] == closing
+    assert isinstance(json.loads(tokenizer.decode(token_ids[begin + 1 : -1]))["x"], int)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from sagellm_gateway.tool_formats.hermes import HermesFormat
 from sagellm_protocol import InvalidArgumentError, StructuredOutput, Tool
 from small_tokenizers import byte_level_backend
 
+Checker = Callable[[StructuredOutput, str], bool]
 THINK = FORMATS[0]
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
@@ -33,11 +34,17 @@ def token_ids(tokenizer: Tokenizer) -> Mapping[str, int]:
     return {mark: token_id for mark in MARKS if (token_id := tokenizer.token_to_id(mark)) is not None}
 
 
-def is_allowed(tokenizer: Tokenizer, form: StructuredOutput, text: str) -> bool:
+@pytest.fixture(scope="module")
+def is_allowed(tokenizer: Tokenizer) -> Checker:
+    """Whether a grammar allows a text in the tokens that the tokenizer makes of it, and its end."""
     vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids)
-    matcher = CompiledGrammar(vocabulary, form, CompileLimits())._tokens.deep_copy()
-    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_ids[0]]
-    return bool(matcher.validate_tokens(ids) == len(ids))
+
+    def is_allowed(form: StructuredOutput, text: str) -> bool:
+        matcher = CompiledGrammar(vocabulary, form, CompileLimits())._tokens.deep_copy()
+        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_ids[0]]
+        return bool(matcher.validate_tokens(ids) == len(ids))
+
+    return is_allowed
 
 
 TOOL = Tool.model_validate({"type": "function", "function": {"name": "f"}})
@@ -54,29 +61,29 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("form", "good", "bad"), FORMS)
 def test_the_answer_is_held_to_the_form(
-    tokenizer: Tokenizer, token_ids: Mapping[str, int], form: dict[str, Any], good: str, bad: str
+    is_allowed: Checker, token_ids: Mapping[str, int], form: dict[str, Any], good: str, bad: str
 ) -> None:
     after = THINK.after_thought(StructuredOutput.model_validate(form), token_ids=token_ids)
-    assert is_allowed(tokenizer, after, f"Let me {{see}}: <b>\n{bad}</think>\n\n{good}")
-    assert is_allowed(tokenizer, after, f"</think>{good}")
-    assert not is_allowed(tokenizer, after, f"hm</think>\n\n{bad}")
-    assert not is_allowed(tokenizer, after, good)
+    assert is_allowed(after, f"Let me {{see}}: <b>\n{bad}</think>\n\n{good}")
+    assert is_allowed(after, f"</think>{good}")
+    assert not is_allowed(after, f"hm</think>\n\n{bad}")
+    assert not is_allowed(after, good)
 
 
 def test_a_thought_that_the_prompt_did_not_open_may_be_left_out(
-    tokenizer: Tokenizer, token_ids: Mapping[str, int]
+    is_allowed: Checker, token_ids: Mapping[str, int]
 ) -> None:
     after = THINK.after_thought(StructuredOutput(json_object=True), is_open=False, token_ids=token_ids)
-    assert is_allowed(tokenizer, after, "<think>\nhm\n</think>\n\n{}")
-    assert is_allowed(tokenizer, after, "{}")
-    assert not is_allowed(tokenizer, after, "<think>\nhm\n</think>\n\nno")
+    assert is_allowed(after, "<think>\nhm\n</think>\n\n{}")
+    assert is_allowed(after, "{}")
+    assert not is_allowed(after, "<think>\nhm\n</think>\n\nno")
 
 
-def test_calls_can_follow_a_thought(tokenizer: Tokenizer, token_ids: Mapping[str, int]) -> None:
+def test_calls_can_follow_a_thought(is_allowed: Checker, token_ids: Mapping[str, int]) -> None:
     calls = HermesFormat().grammar([TOOL], only=None, parallel=False, token_ids=token_ids)
     after = THINK.after_thought(calls, token_ids=token_ids)
-    assert is_allowed(tokenizer, after, 'So.</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>')
-    assert not is_allowed(tokenizer, after, "So.</think>\n\nHello")
+    assert is_allowed(after, 'So.</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>')
+    assert not is_allowed(after, "So.</think>\n\nHello")
 
 
 def test_what_is_no_grammar_is_refused() -> None:

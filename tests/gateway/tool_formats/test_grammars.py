@@ -87,7 +87,7 @@ def check(answer: AnswerChoice, tools: list[Tool]) -> None:
 @pytest.mark.parametrize("only", [None, "get_weather", "ping"])
 def test_forced_text_is_calls(form: ToolFormat, only: str | None, token_ids: Mapping[str, int], write: Writer) -> None:
     grammar = form.grammar(TOOLS, only=only, parallel=True, token_ids=token_ids)
-    for seed in range(6):
+    for seed in range(3):
         text = write(grammar, seed)
         answer = read(form, text)
         assert answer.text == "", text
@@ -100,7 +100,7 @@ def test_forced_text_is_calls(form: ToolFormat, only: str | None, token_ids: Map
 def test_without_parallel_calls_there_is_one(form: ToolFormat, token_ids: Mapping[str, int], write: Writer) -> None:
     grammar = form.grammar(TOOLS, only=None, parallel=False, token_ids=token_ids)
     lazy = form.lazy_grammar(STRICT, parallel=False, token_ids=token_ids)
-    for seed in range(6):
+    for seed in range(3):
         assert len(read(form, write(grammar, seed)).tool_calls) == 1
         assert lazy is None or len(read(form, write(lazy, seed), STRICT).tool_calls) <= 1
 
@@ -158,7 +158,7 @@ def test_lazy_text_with_calls_has_valid_ones(form: ToolFormat, token_ids: Mappin
     if lazy is None:
         assert form.name == "plain"
         return
-    for seed in range(12):
+    for seed in range(4):
         answer = read(form, write(lazy, seed), STRICT)
         answer.tool_calls = [call for call in answer.tool_calls if call.function.name == "get_weather"]
         check(answer, STRICT)
