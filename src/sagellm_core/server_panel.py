@@ -59,7 +59,9 @@ def engine_rows(engines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
             ("memory", _memory(info)),
             ("context", f"{_context(info)}, {info['max_batch_size']} requests at a time"),
         ]
-    return [(info["model"], _joined(_formats(info), _device(info), _memory(info), _context(info))) for info in engines]
+    return [
+        (info["model"], _joined(_formats(info), info.get("device"), _memory(info), _context(info))) for info in engines
+    ]
 
 
 def _joined(*parts: str | None) -> str:
@@ -82,12 +84,14 @@ def _kernels(info: Mapping[str, Any]) -> str:
 
 
 def _memory(info: Mapping[str, Any]) -> str:
+    weights = f"{format_bytes(info.get('weight_bytes', 0))} weights"
     cache = _num_cache_tokens(info) * info.get("kv_bytes_per_token", 0)
-    return f"{format_bytes(info.get('weight_bytes', 0))} weights + {format_bytes(cache)} KV cache"
+    return f"{weights} + {format_bytes(cache)} KV cache" if cache else weights
 
 
 def _context(info: Mapping[str, Any]) -> str:
-    return f"{info['max_model_len']:,} tokens a request, {_num_cache_tokens(info):,} in the cache"
+    room = _num_cache_tokens(info)  # none in a model that keeps no cache, such as one for embeddings
+    return f"{info['max_model_len']:,} tokens a request" + (f", {room:,} in the cache" if room else "")
 
 
 def _num_cache_tokens(info: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MAX_CHOICES = 1024
-MAX_GRAMMAR_CHARS = 65_536
+MAX_GRAMMAR_CHARS = 262_144
 
 _KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
 

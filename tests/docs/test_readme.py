@@ -98,7 +98,7 @@ def test_every_family_is_named() -> None:
     names |= {"Gemma3ForCausalLM": "Gemma 3", "Gemma3ForConditionalGeneration": "Gemma 3"}
     for readme in READMES:
         for architecture in MODELS:
-            name = names.get(architecture) or architecture.removesuffix("ForCausalLM")
+            name = names.get(architecture) or re.sub("(ForCausalLM|ForMaskedLM|Model)$", "", architecture)
             assert name in text_of(readme), f"{readme} does not name {architecture}"
 
 

@@ -386,7 +386,8 @@ async def test_a_text_line_a_request(caplog: pytest.LogCaptureFixture) -> None:
     lines = await lines_of(caplog, access="text")
     assert len(lines) == 2
     assert " POST /v1/chat/completions 200 " in lines[0]
-    assert "request_id=one key=ada" in lines[0]
+    assert " request_id=one client=127.0.0.1 first_byte_ms=" in lines[0]
+    assert lines[0].endswith(" prompt_tokens=2 output_tokens=3 key=ada")
     assert not any("secret" in line or "hidden" in line or "\n" in line for line in lines)
 
 

@@ -28,7 +28,6 @@ from sagellm_protocol import InvalidArgumentError
 _MAX_STATES, _LAST_STATES = 128, 1024
 # With so many times its length and so many tokens more left, a lost completion is no reason to interfere.
 _PLENTY_FACTOR, _PLENTY_TOKENS = 2, 64
-_MAX_TOKENS_UNTIL_SEARCH = 16
 
 
 class SteeredMatcher(GrammarMatcher):
@@ -44,13 +43,12 @@ class SteeredMatcher(GrammarMatcher):
         max_tokens: int,
     ) -> None:
         self._vocabulary, self._search = vocabulary, search
-        self._tokens, self._symbols = tokens, symbols
-        self._completion: Completion | None = None
-        # While none is known: one from before, which may fit again, and when to look for it.
-        self._lost: Completion | None = completion
+        fits = completion is None or completion.num_tokens <= max_tokens
+        self._tokens, self._symbols = tokens, symbols if fits else None
+        self._completion = completion if fits else None
+        # While none is known: the last one, which may fit again, and when to look for it.
+        self._lost: Completion | None = None
         self._wait = self._tokens_until_search = 1
-        if completion is not None and completion.num_tokens <= max_tokens:
-            self._completion = completion
         self._ended = False
         self._allowed = np.zeros(-(-tokens_size(vocabulary) // 32), dtype=np.int32)
         self._fill()
@@ -194,11 +192,11 @@ class SteeredMatcher(GrammarMatcher):
         self._wait = self._tokens_until_search = 1
 
     def _search_again(self, tokens_left: int) -> Completion | None:
-        """Look for a completion after 1, 2, 4, ... tokens."""
+        """Look for a completion after 1, 2, 4, ... tokens; more often would slow down forms that never fit."""
         self._tokens_until_search -= 1
         if self._tokens_until_search > 0:
             return None
-        self._wait = self._tokens_until_search = min(2 * self._wait, _MAX_TOKENS_UNTIL_SEARCH)
+        self._wait = self._tokens_until_search = 2 * self._wait
         found = self._search.find(self._symbols, self._lost, fits=tokens_left, max_states=_MAX_STATES)
         return found if found is not None and found.num_tokens <= tokens_left else None
 

@@ -81,15 +81,19 @@ class AccessLog:
 
 
 def _text(fields: dict[str, Any]) -> str:
-    head = f"{fields['time']} {fields['method']} {fields['path']} {fields['status']} {fields['duration_ms']:.1f} ms"
-    rest = ("request_id", "key", "client", "first_byte_ms", "prompt_tokens", "output_tokens", "prompts")
-    return head + "".join(f" {name}={_plain(fields[name])}" for name in rest if fields.get(name) is not None)
+    line = (
+        f"{fields['time']} {fields['method']} {fields['path']} {fields['status']} {fields['duration_ms']:.1f} ms "
+        f"request_id={_word(fields['request_id'])} client={fields['client']} first_byte_ms={fields['first_byte_ms']} "
+        f"prompt_tokens={fields['prompt_tokens']} output_tokens={fields['output_tokens']}"
+    )
+    if fields["key"] is not None:
+        line += f" key={_word(fields['key'])}"
+    return line + f" prompts={_encode(fields['prompts']).decode()}" if "prompts" in fields else line
 
 
-def _plain(value: Any) -> str:
-    """As it is if it is a number or a plain word, else as JSON."""
-    is_plain = isinstance(value, (int, float)) or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
-    return str(value) if is_plain else _encode(value).decode()
+def _word(text: str) -> str:
+    """As it is if it is a plain word, else as JSON."""
+    return text if _WORD.fullmatch(text) else _encode(text).decode()
 
 
 def configure_access_log(settings: LogSettings) -> None:

@@ -43,6 +43,8 @@ def test_each_of_several_engines_has_a_row() -> None:
 def test_an_engine_that_says_little_is_no_error() -> None:
     rows = dict(engine_rows([{"model": "fake", "max_model_len": 10, "max_batch_size": 2}]))
     assert rows["model"] == "fake"
+    assert rows["memory"] == "0.0 MiB weights"
+    assert rows["context"] == "10 tokens a request, 2 requests at a time"
 
 
 def test_without_a_terminal_it_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
