@@ -80,6 +80,7 @@ def build_groups(shape: ModelShape, formats: Sequence[str], rows: Sequence[int])
         for matrix, (n, k) in shape.matrices().items():
             yield _linear(matrix, n, k, name, [m for m in rows if matrix != "lm_head" or m <= _MOST_SAMPLED_ROWS])
     yield from _attention(shape)
+    yield _encoder_attention(shape)
     yield from _cache_writes(shape, rows)
     yield from _rows_by_themselves(shape, rows)
     yield _embedding(shape, rows)
@@ -220,6 +221,32 @@ def _attend(shape: ModelShape, label: str, query_lens: list[int], context: int) 
         4 * scores * shape.num_heads * shape.head_dim,
     )
     return KernelGroup("paged_attention", (case,), bind)
+
+
+def _encoder_attention(shape: ModelShape) -> KernelGroup:
+    """Texts of a chunk's length that each see the whole of themselves: what an embedding model does."""
+    size, texts = shape.num_heads * shape.head_dim, (1, 8)
+
+    def bind(ops: OpTable) -> list[Call]:
+        scale = shape.head_dim**-0.5
+
+        def call(count: int) -> Call:
+            q, k, v = (torch.randn(count * _CHUNK, shape.num_heads, shape.head_dim) for _ in range(3))
+            starts = [number * _CHUNK for number in range(count + 1)]
+            return lambda _: ops.encoder_attention(q, k, v, starts, scale)
+
+        return [call(count) for count in texts]
+
+    cases = tuple(
+        KernelCase(
+            "encoder_attention",
+            f"{count} x {_CHUNK} tokens",
+            16 * count * _CHUNK * size,
+            4 * count * _CHUNK**2 * size,
+        )
+        for count in texts
+    )
+    return KernelGroup("encoder_attention", cases, bind)
 
 
 def _random_cache(layer: KVLayout, num_blocks: int) -> Tensor:
