@@ -244,6 +244,7 @@ class LLMEngine:
         }
         if self._model_config is not None:
             info["architecture"] = self._model_config.architecture
+            info["is_embedding"] = self._model_config.is_embedding
         return {**info, **self._description}
 
     async def describe_model(self) -> ModelDescription:

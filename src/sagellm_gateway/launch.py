@@ -92,19 +92,22 @@ def panel(gateway: Gateway, models: Sequence[str], url: str, name: str | None) -
     settings, manager = gateway.settings, gateway.manager
     ready = [info.engine_id for info in manager.list_engines() if info.state is EngineState.READY]
     failed = [(info.model, f"not loaded: {info.error}") for info in manager.list_engines() if info.error is not None]
-    body = '{"messages": [{"role": "user", "content": "Hello"}]}'
+    engines = [_described(manager, engine_id) for engine_id in ready]
+    path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'
+    if engines and all(engine.get("is_embedding") for engine in engines):
+        path, body = "embeddings", '{"input": "Hello"}'
     key = ' -H "Authorization: Bearer $SAGELLM_API_KEY"' if settings.auth.keys else ""
     insecure = " -k" if settings.server.tls_cert is not None else ""
     return ServerPanel(
         models=models,
         url=f"{url}/v1",
         rows=[
-            *engine_rows([_described(manager, engine_id) for engine_id in ready]),
+            *engine_rows(engines),
             *failed,
             ("keys", _key_state(settings)),
             ("stop", "Ctrl-C" if name is None else f"Ctrl-C, or sage-llm stop {name}"),
         ],
-        example=f"curl{insecure} {url}/v1/chat/completions{key} -d '{body}'",
+        example=f"curl{insecure} {url}/v1/{path}{key} -d '{body}'",
     )
 
 

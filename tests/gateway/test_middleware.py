@@ -142,6 +142,18 @@ async def test_a_request_that_takes_too_long_is_ended() -> None:
         await until(lambda: not here.engine.running)
 
 
+async def test_bodies_have_the_configured_limits() -> None:
+    async with site(limits={"max_body_bytes": 1024, "max_json_depth": 8}) as here:
+        assert (await here.post(text="x" * 500)).status_code == 200
+        assert (await here.post(text="x" * 1000)).status_code == 413
+        deep: Any = 1
+        for _ in range(8):
+            deep = [deep]
+        answer = await here.post(metadata={"deep": deep})
+        assert answer.status_code == 400
+        assert "nested deeper than 8" in answer.json()["error"]["message"]
+
+
 # ---- keys and origins ---------------------------------------------------------------------------------
 
 
@@ -195,6 +207,7 @@ async def test_administration_needs_an_admin_key() -> None:
         ({"host": "192.168.1.9"}, 200),
         ({"host": "llm.home:8000"}, 200),
         ({"host": "evil.example:8000"}, 403),
+        ({"host": "a" * 300 + ".localhost"}, 403),
         ({"host": "localhost.evil.example"}, 403),
         ({"host": "127.0.0.1.evil.example"}, 403),
         ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),

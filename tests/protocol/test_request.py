@@ -21,6 +21,7 @@ from sagellm_protocol import (
     SamplingParams,
     StructuredOutput,
 )
+from sagellm_protocol.structured import MAX_GRAMMAR_CHARS
 
 
 def test_the_documented_request() -> None:
@@ -149,7 +150,7 @@ def test_structured_output_has_exactly_one_form() -> None:
             Request(prompt="x", structured_output=wrong)
     for empty in ({"regex": ""}, {"json_schema": {}}):
         assert Request(prompt="x", structured_output=empty).structured_output is not None
-    for wrong in ({"choice": []}, {"choice": [""]}, {"regex": "a" * 70_000}, {"json": {}}):
+    for wrong in ({"choice": []}, {"choice": [""]}, {"regex": "a" * (MAX_GRAMMAR_CHARS + 1)}, {"json": {}}):
         with pytest.raises(InvalidArgumentError):
             Request(prompt="x", structured_output=wrong)
 

@@ -91,7 +91,8 @@ class Worker:
 
     def describe(self) -> dict[str, object]:
         """What runs where, as plain JSON values."""
-        model, capacity = self._loaded_model(), self._capacity
+        model = self._loaded_model()
+        capacity = None if isinstance(model, EncoderModel) else self._capacity  # an encoder's blocks hold nothing
         return {
             "backend": self.provider.kind,
             "device": str(self.provider.device),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/docs", "/redoc", "/openapi.json", "/favicon.ico"})
 _OPEN_PREFIXES = ("/page/", "/docs/")
 _BEARER = b"bearer "
+_MAX_HOST_CHARS = 255
 
 
 class KeyCheck:
@@ -93,7 +94,8 @@ class OriginCheck:
                 host = value
             elif name == b"origin":
                 origin = value
-        if self._hosts is not None and not _is_own_host(host, self._hosts):
+        # Nothing long is remembered: the names come from outside.
+        if self._hosts is not None and (len(host) > _MAX_HOST_CHARS or not _is_own_host(host, self._hosts)):
             raise PermissionDeniedError(
                 "this gateway has no keys and answers its own machine alone: call it by localhost or its address, "
                 "or add the name to server.allowed_hosts",

@@ -54,6 +54,6 @@ def model_config() -> Callable[..., Any]:
     def make(vocab_size: int, **fields: Any) -> Any:
         values = {"max_model_len": 512, "eos_token_ids": (2,), "generation_config": {}, **fields}
         spec = SimpleNamespace(vocab_size=vocab_size, hidden_size=64)
-        return SimpleNamespace(spec=spec, pooling=SimpleNamespace(pooling="last"), **values)
+        return SimpleNamespace(spec=spec, pooling=SimpleNamespace(pooling="last"), is_embedding=False, **values)
 
     return make

@@ -135,7 +135,7 @@ def test_max_tokens_is_what_fits(num_prompt: int, wanted: int | None, floor: int
     spec = type("Spec", (), {"vocab_size": 10, "hidden_size": 64})
     pooling = type("Pooling", (), {"pooling": "last"})
     fields_of_config = {"spec": spec, "pooling": pooling, "max_model_len": 200, "eos_token_ids": (2, 99)}
-    config: Any = type("Config", (), {**fields_of_config, "generation_config": {}})
+    config: Any = type("Config", (), {**fields_of_config, "generation_config": {}, "is_embedding": False})
     processor = InputProcessor(
         Tokenizer(FastBackend(empty_backend())), config, default_max_tokens=16, max_model_len=100
     )

@@ -24,6 +24,7 @@ from small_tokenizers import byte_level_backend
 
 Build = Callable[..., CompiledGrammar]
 Write = Callable[..., tuple[list[int], bool]]
+TextOf = Callable[[list[int]], str]
 
 NAMES = st.sampled_from(["a", "b", "name", "value", "long_property_name", "inner0", "inner1", "l", "r"])
 PATTERNS = ["^[0-9]{3}-[a-z]{4}$", "^(ab|cde)*f$", "^[A-Z][a-z]+ is [0-9]{2}$", "^x+y{2,5}$"]
@@ -104,18 +105,37 @@ def wishes(vocabulary: Vocabulary, kind: str, seed: int) -> Callable[[list[int]]
     return logits
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+json_cases = given(
     schema=schemas,
     extra=st.sampled_from([0, 0, 1, 2, 3, 5, 10, 30, 100]),
     kind=st.sampled_from(["long", "short", "opens", "random"]),
     seed=st.integers(0, 2**32 - 1),
 )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@json_cases
 def test_json_is_complete_and_valid_within_its_tokens(
+    build: Build, write: Write, text_of: TextOf, vocabulary: Vocabulary, **case: Any
+) -> None:
+    check_json(build, write, text_of, vocabulary, **case)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@json_cases
+def test_more_json_is_complete_and_valid_within_its_tokens(
+    build: Build, write: Write, text_of: TextOf, vocabulary: Vocabulary, **case: Any
+) -> None:
+    check_json(build, write, text_of, vocabulary, **case)
+
+
+def check_json(
     build: Build,
     write: Write,
-    text_of: Callable[[list[int]], str],
+    text_of: TextOf,
     vocabulary: Vocabulary,
+    *,
     schema: dict[str, Any],
     extra: int,
     kind: str,
@@ -153,7 +173,7 @@ REGEXES = [
 def test_regular_expressions_match_whole(
     build: Build,
     write: Write,
-    text_of: Callable[[list[int]], str],
+    text_of: TextOf,
     vocabulary: Vocabulary,
     regex: str,
     extra: int,
