@@ -279,7 +279,8 @@ class LLMEngine:
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
-        return [self.tokenizer.token_text(token_id) for token_id in token_ids]
+        text_of = self.tokenizer.token_text
+        return await asyncio.to_thread(lambda: [text_of(token_id) for token_id in token_ids])
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -12,9 +12,10 @@ SHORT = ("--input-len", "8", "--output-len", "4", "--runs", "1", "--warmup", "0"
 
 def test_latency(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "latency.json"
-    outcome = cli("bench", "latency", *SHORT, "--batch-size", "2", "--json", str(file))
+    # Long enough that the two are sure to decode together.
+    outcome = cli("bench", "latency", *SHORT, "--output-len", "64", "--batch-size", "2", "--json", str(file))
     assert outcome.status == 0, outcome.err
-    for words in ("2 at a time, 8 → 4 tokens", "time to first token", "between two tokens", "decode only, tokens/s"):
+    for words in ("2 at a time, 8 → 64 tokens", "time to first token", "between two tokens", "decode only, tokens/s"):
         assert words in outcome.out
     data = json.loads(file.read_text(encoding="utf-8"))
     assert data["benchmark"] == "latency"
