@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from sagellm_protocol import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.fields import MaxTokens, NumLogprobs, Temperature, TopP
@@ -27,6 +27,12 @@ Status = Literal["in_progress", "completed", "incomplete"]
 # ---- input items --------------------------------------------------------------------------------------
 
 
+class _Echoed(EdgeModel):
+    """A value that clients send back as they keep it; fields of their own are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class InputText(EdgeModel):
     """Text for the model."""
 
@@ -35,7 +41,7 @@ class InputText(EdgeModel):
     prompt_cache_breakpoint: JsonValue = None
 
 
-class OutputText(EdgeModel):
+class OutputText(_Echoed):
     """Text that an assistant wrote, as an answer holds it; `annotations` and `logprobs` don't reach the model."""
 
     type: Literal["output_text"] = "output_text"
@@ -44,7 +50,7 @@ class OutputText(EdgeModel):
     logprobs: list[JsonValue] | None = None
 
 
-class Refusal(EdgeModel):
+class Refusal(_Echoed):
     """An assistant's refusal, as an answer of another server may hold it."""
 
     type: Literal["refusal"] = "refusal"
@@ -58,7 +64,7 @@ Part = Annotated[
 Parts = Annotated[list[Part], Field(max_length=MAX_PARTS)]
 
 
-class MessageItem(EdgeModel):
+class MessageItem(_Echoed):
     """One message."""
 
     type: Literal["message"] = "message"
@@ -69,7 +75,7 @@ class MessageItem(EdgeModel):
     phase: str | None = Field(default=None, max_length=64)
 
 
-class FunctionCallItem(EdgeModel):
+class FunctionCallItem(_Echoed):
     """A call that the assistant made."""
 
     type: Literal["function_call"]
@@ -82,7 +88,7 @@ class FunctionCallItem(EdgeModel):
     namespace: str | None = Field(default=None, max_length=256)
 
 
-class FunctionCallOutputItem(EdgeModel):
+class FunctionCallOutputItem(_Echoed):
     """What a call brought."""
 
     type: Literal["function_call_output"]
@@ -95,14 +101,14 @@ class FunctionCallOutputItem(EdgeModel):
     caller: JsonValue = None
 
 
-class ReasoningText(EdgeModel):
+class ReasoningText(_Echoed):
     """A piece of reasoning, or of its summary."""
 
     type: Literal["reasoning_text", "summary_text"]
     text: str
 
 
-class ReasoningItem(EdgeModel):
+class ReasoningItem(_Echoed):
     """What the assistant thought; `encrypted_content` of other servers cannot be read and is left out."""
 
     type: Literal["reasoning"]
