@@ -1,60 +1,51 @@
-"""Prompts routed by their length to two engines: `python examples/pd_separation_demo.py`.
+"""Prefill and decode on engines of their own: `python examples/pd_separation_demo.py`.
 
-Long prompts keep an engine busy with prefill, and short ones wait behind them. With PD routing long prompts go to an
-instance of type PREFILLING and short ones to one of type DECODING, each with a scheduler and a KV cache of its own.
-
-What this is not: a request runs from its first to its last token on the engine that it was given to. No KV cache is
-handed over from one engine to the other.
+A long prompt is computed by the prefill engine, whose KV blocks go to the decode engine, which makes the answer; a
+short one is answered by the decode engine as a whole. Every answer is compared with that of one engine alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from sagellm_control_plane import (
-    ControlPlaneManager,
-    ExecutionInstance,
-    ExecutionInstanceType,
-    PDSeparationConfig,
-)
-from sagellm_protocol import Response, SamplingParams
+from sagellm_core import LLMEngine, LLMEngineConfig
+from sagellm_core.runtime import PDRuntime
+from sagellm_protocol import Request, SamplingParams
 
-THRESHOLD = 100  # prompt tokens, estimated from the length of the text
+THRESHOLD = 100  # prompt tokens from which a prompt is handed over
 SHORT = "Once upon a time"
 LONG = "The little engine carried its wagons up the hill and down again. " * 12
 
 
-def make_manager() -> ControlPlaneManager:
-    """A control plane with one engine for long prompts and one for short ones, both with the built-in model."""
-    manager = ControlPlaneManager(
-        scheduling_policy="adaptive",
-        enable_pd_separation=True,
-        pd_config=PDSeparationConfig(
-            enabled=True, routing_policy="adaptive", prefilling_threshold_input_tokens=THRESHOLD
-        ),
+def make_engine(name: str) -> LLMEngine:
+    """An engine with the built-in model."""
+    config = {"model_path": "builtin", "backend_type": "cpu", "engine_id": name, "max_model_len": 512}
+    return LLMEngine(LLMEngineConfig.model_validate(config | {"num_kv_blocks": 256}))
+
+
+def make_request(prompt: str, seed: int) -> Request:
+    """A sampled answer of 24 tokens."""
+    sampling = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.8, seed=seed)
+    return Request(prompt=prompt, sampling_params=sampling)
+
+
+async def main() -> None:
+    """Send short and long prompts at once, show where each went, and check the tokens."""
+    requests = [make_request(f"{seed}. {prompt}", seed) for seed, prompt in enumerate((SHORT, LONG) * 3)]
+    runtime = PDRuntime(
+        prefill=[make_engine("prefill-1")], decode=[make_engine("decode-1")], min_handed_over_tokens=THRESHOLD
     )
-    for name, kind in (("long-1", ExecutionInstanceType.PREFILLING), ("short-1", ExecutionInstanceType.DECODING)):
-        manager.register_instance(
-            ExecutionInstance(instance_id=name, model_name="builtin", instance_type=kind, max_concurrent_requests=8)
-        )
-    return manager
-
-
-async def main() -> list[Response]:
-    """Send short and long prompts at once and show where each went."""
-    async with make_manager() as manager:
-        sampling = SamplingParams(max_tokens=24, ignore_eos=True)
-        responses = await asyncio.gather(
-            *(manager.process_request(prompt=prompt, sampling_params=sampling) for prompt in (SHORT, LONG) * 3)
-        )
-        for response in responses:
-            print(
-                f"{response.usage.prompt_tokens:4d} prompt tokens -> {response.engine_id}: "
-                f"first token after {response.metrics.ttft_ms:6.1f} ms, then {response.metrics.tpot_ms:5.1f} ms a token"
-            )
-        figures = manager.get_metrics()
-        print(f"{figures.num_requests} requests, {figures.avg_latency:.2f} s on average")
-        return list(responses)
+    async with runtime, make_engine("alone") as alone:
+        responses = await asyncio.gather(*(runtime.execute(request) for request in requests))
+        for request, response in zip(requests, responses, strict=True):
+            metrics, num_tokens = response.metrics, response.usage.prompt_tokens
+            way = "decode-1"
+            if metrics.kv_transfer_count:
+                size = metrics.kv_transfer_bytes >> 10
+                way = f"prefill-1 -> decode-1 ({size} KiB in {metrics.kv_transfer_ms:.1f} ms)"
+            expected = (await alone.execute(request)).output_tokens
+            verdict = "the same tokens" if response.output_tokens == expected else "OTHER TOKENS"
+            print(f"{num_tokens:4d} prompt tokens: {way}, first token after {metrics.ttft_ms:.1f} ms; {verdict}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ async def execute_embedding(
     last: EngineCoreOutput | None = None
     async with aclosing(client.submit(core)) as outputs:
         async for last in outputs:
-            timer.record(last)
+            timer.record(last, 0)
     if last is None or last.finish_reason is None:
         raise InternalError(f"the engine ended request {core.request_id} without a finish reason")
     reason, error = last.finish_reason, last.error

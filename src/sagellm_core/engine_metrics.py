@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sagellm_core.engine_core.engine_core import EngineStats
+from sagellm_core.engine_core.report import EngineStats
 from sagellm_protocol import Metrics, Request, Response, StreamEventEnd
 
 _LABELS = ("model_name", "engine")

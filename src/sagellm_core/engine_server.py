@@ -1,7 +1,8 @@
 """The HTTP face of one engine: `sage-engine`, or `engine_server_app` under any ASGI server.
 
 It takes OpenAI completion bodies and the protocol's own requests on the same path: a body with `request_id`
-or `trace_id` is a protocol request and gets a `Response`; any other is an OpenAI body and gets a `Completion`.
+or `trace_id` is a protocol request and gets a `Response`; any other is an OpenAI body and gets a `Completion`. What a
+control plane asks besides stands in `engine_control`.
 Chat, sessions, authentication and many engines belong to the gateway.
 """
 
@@ -22,6 +23,7 @@ from sagellm_core.addresses import refuse_exposed
 from sagellm_core.answers import Answers, answer_completion, read_prompts, stream_completion
 from sagellm_core.command import run_command
 from sagellm_core.config import LLMEngineConfig
+from sagellm_core.engine_control import add_control_routes
 from sagellm_core.engine_metrics import EngineCollector
 from sagellm_core.http import (
     install_error_handlers,
@@ -57,6 +59,7 @@ def create_engine_app(make_engine: Callable[[], LLMEngine]) -> FastAPI:
     app.add_api_route("/health", health, methods=["GET"], response_model=None)
     app.add_api_route("/info", info, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", metrics, methods=["GET"], response_model=None)
+    add_control_routes(app)
     return app
 
 

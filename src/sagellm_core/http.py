@@ -23,7 +23,6 @@ from starlette.types import Receive, Scope, Send
 
 from sagellm_core.json_limits import check_depth, check_structure
 from sagellm_protocol import (
-    DeadlineExceededError,
     ErrorCode,
     InternalError,
     InvalidArgumentError,
@@ -59,7 +58,6 @@ class BodyLimits:
 
     max_bytes: int = 8 * 2**20
     max_depth: int = 64  # objects and lists within each other
-    timeout_s: float = 30.0  # between two parts
 
 
 class BodyTooLargeError(InvalidArgumentError):
@@ -69,15 +67,6 @@ class BodyTooLargeError(InvalidArgumentError):
     def http_status(self) -> int:
         """The status for this error."""
         return 413
-
-
-class BodyTimeoutError(DeadlineExceededError):
-    """A body that does not come: status 408."""
-
-    @property
-    def http_status(self) -> int:
-        """The status for this error."""
-        return 408
 
 
 _DEFAULT_BODY_LIMITS = BodyLimits()
@@ -100,29 +89,23 @@ async def read_json_object(http: HttpRequest) -> dict[str, Any]:
 
 
 async def _read_body(http: HttpRequest, limits: BodyLimits) -> bytes:
-    announced = next((value for name, value in http.scope["headers"] if name == b"content-length"), b"0")
+    announced = b"0"
+    for name, value in http.scope["headers"]:
+        if name == b"content-length":
+            announced = value
     if announced.isdigit() and (len(announced) > 18 or int(announced) > limits.max_bytes):
         raise _body_too_large(limits)
-    watch = _Impatience(limits.timeout_s)
     parts: list[bytes] = []
     size, has_more = 0, True
-    try:
-        while has_more:
-            watch.start()
-            message = await http.receive()
-            if message["type"] == "http.disconnect":
-                raise RequestCancelledError("the client closed the connection before its request was complete")
-            size += len(message.get("body", b""))
-            if size > limits.max_bytes:
-                raise _body_too_large(limits)
-            parts.append(message.get("body", b""))
-            has_more = message.get("more_body", False)
-    except asyncio.CancelledError:
-        if not watch.has_ended:
-            raise
-        raise BodyTimeoutError(f"the body did not come: nothing for {limits.timeout_s:g} s; send it at once") from None
-    finally:
-        watch.stop()
+    while has_more:
+        message = await http.receive()
+        if message["type"] == "http.disconnect":
+            raise RequestCancelledError("the connection was closed before the request was complete")
+        size += len(message.get("body", b""))
+        if size > limits.max_bytes:
+            raise _body_too_large(limits)
+        parts.append(message.get("body", b""))
+        has_more = message.get("more_body", False)
     return b"".join(parts)
 
 
@@ -130,37 +113,12 @@ def _body_too_large(limits: BodyLimits) -> BodyTooLargeError:
     return BodyTooLargeError(f"the body is larger than {limits.max_bytes} bytes; send less")
 
 
-class _Impatience:
-    """Cancels the task that made it when `stop` or the next `start` takes longer than the time given."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self.has_ended = False
-        self._timeout_s = timeout_s
-        self._task = asyncio.current_task()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self) -> None:
-        self.stop()
-        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._end)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _end(self) -> None:
-        assert self._task is not None, "requests are served in tasks"
-        self.has_ended = True
-        self._task.cancel()
-
-
 async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, _T]) -> _T:
     """The result of `work`, which is cancelled if the client goes away first (then `RequestCancelledError`).
 
     To be called when the body has been read.
     """
-    watch = _Watch(http.receive, asyncio.current_task())
-    # An answer that is there at once needs no watch, which costs more than many an answer.
-    timer = asyncio.get_running_loop().call_later(_PATIENCE_S, watch.start)
+    watch = _Watch(http.receive)
     try:
         return await work
     except asyncio.CancelledError:
@@ -168,31 +126,34 @@ async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, _T]) -> _
             raise RequestCancelledError("the client closed the connection before its answer was ready") from None
         raise
     finally:
-        timer.cancel()
         await watch.end()
 
 
 class _Watch:
-    """Cancels a task when the client goes away."""
+    """Cancels the task that makes it when the client goes away."""
 
-    def __init__(self, receive: Receive, task: asyncio.Task[Any] | None) -> None:
+    def __init__(self, receive: Receive) -> None:
+        task = asyncio.current_task()
         assert task is not None, "requests are served in tasks"
         self.has_left = False
         self._receive = receive
         self._task = task
         self._watching: asyncio.Task[None] | None = None
+        # An answer that is there at once needs no watch, which costs more than many an answer.
+        self._timer = task.get_loop().call_later(_PATIENCE_S, self._start)
 
-    def start(self) -> None:
+    async def end(self) -> None:
+        self._timer.cancel()
+        if self._watching is not None:
+            await _cancelled(self._watching)
+
+    def _start(self) -> None:
         self._watching = asyncio.ensure_future(self._run())
 
     async def _run(self) -> None:
         await _disconnected(self._receive)
         self.has_left = True
         self._task.cancel()
-
-    async def end(self) -> None:
-        if self._watching is not None:
-            await _cancelled(self._watching)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
@@ -105,10 +106,27 @@ class InputProcessor:
             lora_id=request.lora,
             # A cached token was not computed here, so its logprob would be missing.
             read_prefix_cache=sampling.prompt_logprobs is None,
-            seed=secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed,
+            seed=_seed(request, sampling),
             grammar=grammar,
         )
-        return [child_request(core, index) for index in range(sampling.n)]
+        children = [child_request(core, index) for index in range(sampling.n)]
+        if request.resume_from is None or not request.resume_from.output_token_ids:
+            return children
+        return self._resumed(children, request.resume_from.output_token_ids)
+
+    def _resumed(
+        self, children: Sequence[EngineCoreRequest], output_token_ids: Sequence[Sequence[int]]
+    ) -> list[EngineCoreRequest]:
+        if len(output_token_ids) != len(children):
+            raise InvalidArgumentError(
+                f"resume_from.output_token_ids holds {len(output_token_ids)} lists, the request asks for "
+                f"{len(children)} outputs; give one list each",
+                field="resume_from.output_token_ids",
+            )
+        for token_ids in output_token_ids:
+            self._check_token_ids(token_ids, "resume_from.output_token_ids")
+        pairs = zip(children, output_token_ids, strict=True)
+        return [replace(child, resumed_token_ids=tuple(token_ids)) for child, token_ids in pairs]
 
     def _for_embedding(self, request: Request, wanted: EmbedParams, arrival_time: float) -> EngineCoreRequest:
         if wanted.dimensions is not None and wanted.dimensions > self._hidden_size:
@@ -156,7 +174,9 @@ class InputProcessor:
     # ---- the prompt -----------------------------------------------------------------------------------
 
     def _prompt_ids(self, request: Request) -> list[int]:
-        if request.messages is not None:
+        if request.prompt_token_ids is not None:
+            field, token_ids = "prompt_token_ids", list(request.prompt_token_ids)
+        elif request.messages is not None:
             field, token_ids = "messages", self._encode_chat(request)
         elif isinstance(request.prompt, str):
             self._refuse_hopeless(request, request.prompt)
@@ -269,6 +289,12 @@ class InputProcessor:
             f"shorten the prompt to at most {limit - 1} tokens" + (f" or raise {name}" if can_grow else ""),
             field="prompt" if request.messages is None else "messages",
         )
+
+
+def _seed(request: Request, sampling: SamplingParams) -> int:
+    if request.resume_from is not None:
+        return request.resume_from.seed
+    return secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
 
 
 def generation_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:

@@ -3,52 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import resource
-import sys
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
-from functools import partial
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from sagellm_core.config import LLMEngineConfig
-from sagellm_core.decoding import get_strategy
-from sagellm_core.embedding import Inputs, embedding_requests, execute_all, execute_embedding
+from sagellm_core.embedding import Inputs, embedding_requests, execute_all
 from sagellm_core.engine_core.client import EngineCoreClient
-from sagellm_core.engine_core.engine_core import EngineCore, EngineStats, as_protocol_error
-from sagellm_core.engine_core.types import EngineCoreRequest
+from sagellm_core.engine_core.engine_core import EngineCore
+from sagellm_core.engine_core.prefix_transfer import export_prefix, import_prefix
+from sagellm_core.engine_core.report import EngineReport, EngineStats
 from sagellm_core.factory import build_executor
+from sagellm_core.gate import RequestGate
 from sagellm_core.input_processor import InputProcessor
+from sagellm_core.kv_format import PrefixBlocks
 from sagellm_core.models import LoadProgress, ModelConfig, read_model_config, resolve_model
-from sagellm_core.output_processor import OutputProcessor, combine_outputs
+from sagellm_core.request_runner import RequestRunner
 from sagellm_core.tokenizer import Tokenizer, load_tokenizer
+from sagellm_kv_cache import EventBatch
 from sagellm_protocol import (
-    ChatMessage,
     InvalidArgumentError,
     ModelDescription,
-    NotFoundError,
     Request,
     Response,
-    SageLLMError,
     SamplingParams,
     StreamEvent,
-    StreamEventDelta,
-    StreamEventEnd,
     StructuredOutput,
     TokenizeRequest,
     UnavailableError,
     new_request_id,
 )
 
-if TYPE_CHECKING:
-    from sagellm_core.structured import GrammarCompiler
+_MANY_TOKENS = 1024  # whose texts are put together beside the event loop
 
-logger = logging.getLogger(__name__)
-
-_LONG_CHARS = 4096
 Prompt = str | Sequence[int]
 Messages = Sequence[dict[str, Any]]
 
@@ -71,13 +60,12 @@ class LLMEngine:
         self._given = config  # as the user wrote it; `config` is fitted to the model
         self.engine_id = config.engine_id or f"engine-{new_request_id().removeprefix('req-')[:8]}"
         self._life = asyncio.Lock()  # one start or stop at a time: a second start finds the engine running
+        self._gate = RequestGate()
         self._client: EngineCoreClient | None = None
-        self._input: InputProcessor | None = None
-        self._grammars: GrammarCompiler | None = None
+        self._runner: RequestRunner | None = None
         self._model_config: ModelConfig | None = None
         self._tokenizer: Tokenizer | None = None
         self._description: dict[str, object] = {}
-        self._aborts: dict[str, Callable[[], None]] = {}
 
     # ---- life -----------------------------------------------------------------------------------------
 
@@ -96,7 +84,7 @@ class LLMEngine:
         )
         try:
             _, tokenizer = await asyncio.gather(client.start(), _load_tokenizer(path))
-            self._input = InputProcessor(
+            input_processor = InputProcessor(
                 tokenizer,
                 model_config,
                 defaults=config.sampling_defaults,
@@ -108,17 +96,30 @@ class LLMEngine:
             await client.stop()
             raise
         self.config, self._model_config, self._tokenizer = config, model_config, tokenizer
+        self._runner = RequestRunner(client, input_processor, tokenizer, model_config, self.engine_id)
         self._client = client
 
     async def stop(self) -> None:
         """End all requests with the finish reason `abort` and free the model."""
         async with self._life:
             client, self._client = self._client, None
-            grammars, self._grammars = self._grammars, None
-            if grammars is not None:
-                grammars.close()
+            runner, self._runner = self._runner, None
+            if runner is not None:
+                runner.close()
             if client is not None:
                 await client.stop()
+
+    async def drain(self) -> None:
+        """Refuse new requests with `UnavailableError` and return when those that run have ended.
+
+        The model stays loaded; `resume` lets requests in again, and whoever still waits here is told so by a
+        `RequestCancelledError`.
+        """
+        await self._gate.drain()
+
+    def resume(self) -> None:
+        """Take requests again after `drain`."""
+        self._gate.open()
 
     async def __aenter__(self) -> LLMEngine:
         await self.start()
@@ -156,14 +157,8 @@ class LLMEngine:
 
     async def execute(self, request: Request) -> Response:
         """Answer a protocol request; with `n` > 1 its choices run at the same time."""
-        if request.embed is not None:
-            return await self._embed(request)
-        children = await self._prepare(request)
-        processors = self._output_processors(request, children)
-        async with aclosing(self._events(processors, children)) as events:
-            async for _ in events:
-                pass
-        return combine_outputs([processor.response() for processor in processors])
+        with self._gate.pass_through():
+            return await self._running().execute(request)
 
     async def stream(
         self,
@@ -190,12 +185,10 @@ class LLMEngine:
                 structured_output=structured_output,
                 stream=True,
             )
-        if request.embed is not None:
-            raise InvalidArgumentError("embed makes a vector, which is no stream; use execute", field="embed")
-        children = await self._prepare(request)
-        async with aclosing(self._events(self._output_processors(request, children), children)) as events:
-            async for event in events:
-                yield event
+        with self._gate.pass_through():
+            async with aclosing(self._running().stream(request)) as events:
+                async for event in events:
+                    yield event
 
     async def embed(self, inputs: Inputs, *, dimensions: int | None = None) -> list[list[float]]:
         """A vector for each text, or list of token ids; `dimensions` cuts them, as for models trained so (Matryoshka).
@@ -208,10 +201,12 @@ class LLMEngine:
 
     def abort(self, request_id: str) -> None:
         """End a request; whoever reads it gets the finish reason `abort`. Call it from that reader's event loop."""
-        abort = self._aborts.get(request_id)
-        if abort is None:
-            raise NotFoundError(f"no request {request_id!r} is running", request_id=request_id)
-        abort()
+        self._running().abort(request_id)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it runs and takes requests."""
+        return self._client is not None and self._gate.is_open
 
     # ---- information ----------------------------------------------------------------------------------
 
@@ -229,9 +224,43 @@ class LLMEngine:
         """Running and waiting requests, KV usage and counters at this moment."""
         return await self._running_client().stats()
 
+    def watch(self, callback: Callable[[EngineReport], None], *, interval_s: float = 0.25) -> Callable[[], None]:
+        """Have `callback` called with an `EngineReport` now and again; returns what ends that.
+
+        It is called in this event loop: at once with all that is cached, soon after the prefix cache changes, and at
+        least every `interval_s` while the step loop turns, whose longest step is the longest silence of a sound
+        engine. A stop of the engine ends it.
+        """
+        return self._running_client().watch(callback, interval_s=interval_s)
+
+    async def cache_snapshot(self) -> EventBatch:
+        """All that the prefix cache holds, for a reader that missed a report; watchers are told the same."""
+        return await self._running_client().cache_snapshot()
+
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False while requests hold blocks."""
         return await self._running_client().reset_prefix_cache()
+
+    async def export_prefix(
+        self, token_ids: Sequence[int], *, cache_salt: str | None = None, lora_id: str | None = None
+    ) -> PrefixBlocks | None:
+        """The full cached KV blocks of the longest cached prefix of these tokens; None where nothing is cached.
+
+        Raises:
+            UnsupportedError: the engine has no prefix cache.
+        """
+        return await export_prefix(self._running_client(), token_ids, cache_salt, lora_id)
+
+    async def import_prefix(self, blocks: PrefixBlocks) -> int:
+        """Put another engine's blocks into the prefix cache; returns how many of their tokens are cached now.
+
+        They may be fewer where the blocks in use leave no room, and are given up like any other cached content.
+
+        Raises:
+            KVTransferError: model, layout or kernels differ from this engine's, or the bytes were damaged.
+            UnsupportedError: the engine has no prefix cache.
+        """
+        return await import_prefix(self._running_client(), blocks)
 
     def get_info(self) -> dict[str, Any]:
         """Model, device, dtypes, kernels and limits, as plain JSON values."""
@@ -239,6 +268,7 @@ class LLMEngine:
             "engine_id": self.engine_id,
             "model": self.config.model_path,
             "running": self._client is not None,
+            "draining": not self._gate.is_open,
             "max_model_len": self.config.max_model_len,
             "max_batch_size": self.config.max_batch_size,
         }
@@ -269,18 +299,21 @@ class LLMEngine:
 
     async def tokenize(self, request: TokenizeRequest) -> list[int]:
         """The token ids of a text or a conversation; long ones are read beside the event loop."""
-        if self._input is None:
-            raise UnavailableError("the engine is not running; call start() first")
-        return await asyncio.to_thread(self._input.tokenize, request)
+        return await self._running().tokenize(request)
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of `token_ids`, with the texts of special tokens unless they are skipped."""
-        return await asyncio.to_thread(self.tokenizer.decode, token_ids, skip_special_tokens)
+        decode = self.tokenizer.decode
+        if len(token_ids) > _MANY_TOKENS:
+            return await asyncio.to_thread(decode, token_ids, skip_special_tokens)
+        return decode(token_ids, skip_special_tokens)
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
         text_of = self.tokenizer.token_text
-        return await asyncio.to_thread(lambda: [text_of(token_id) for token_id in token_ids])
+        if len(token_ids) > _MANY_TOKENS:
+            return await asyncio.to_thread(lambda: [text_of(token_id) for token_id in token_ids])
+        return [text_of(token_id) for token_id in token_ids]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -296,109 +329,15 @@ class LLMEngine:
             raise UnavailableError("the engine is not running; call start() first")
         return self._model_config
 
-    # ---- steps of a request ---------------------------------------------------------------------------
-
-    async def _prepare(self, request: Request) -> list[EngineCoreRequest]:
-        self._running_client().check_alive()
-        if self._input is None:
+    def _running(self) -> RequestRunner:
+        if self._runner is None:
             raise UnavailableError("the engine is not running; call start() first")
-        arrival_time, wanted = time.monotonic(), request.structured_output
-        grammar = None if wanted is None else await self._grammar_compiler(self._input).compile(wanted)
-        process = partial(self._input.process, request, arrival_time=arrival_time, grammar=grammar)
-        return await asyncio.to_thread(process) if _is_long(request) else process()
-
-    async def _embed(self, request: Request) -> Response:
-        """The response to a request for a vector."""
-        core = (await self._prepare(request))[0]
-        client, request_id = self._running_client(), core.request_id
-        if request_id in self._aborts:
-            raise InvalidArgumentError(f"request_id {request_id!r} is already running; use a fresh id")
-        self._aborts[request_id] = partial(client.abort, request_id)
-        try:
-            spec = self.model_config.pooling
-            return await execute_embedding(
-                client, request, core, spec, engine_id=self.engine_id, peak_mem_mb=peak_memory_mb
-            )
-        finally:
-            del self._aborts[request_id]
-
-    def _grammar_compiler(self, processor: InputProcessor) -> GrammarCompiler:
-        """Made for the first request that asks for a form, as is the import of the library behind it."""
-        if self._grammars is None:
-            from sagellm_core.structured import GrammarCompiler
-
-            self._grammars = GrammarCompiler(self.tokenizer, self.model_config.spec.vocab_size, processor.eos_token_ids)
-        return self._grammars
-
-    def _output_processors(self, request: Request, children: Sequence[EngineCoreRequest]) -> list[OutputProcessor]:
-        return [
-            OutputProcessor(request, child, self.tokenizer, engine_id=self.engine_id, peak_mem_mb=peak_memory_mb)
-            for child in children
-        ]
-
-    async def _events(
-        self, processors: Sequence[OutputProcessor], children: Sequence[EngineCoreRequest]
-    ) -> AsyncGenerator[StreamEvent, None]:
-        """Run all sequences of a request at once: one start, their deltas as they come, one end for all."""
-        request_id = processors[0].start().request_id
-        events: asyncio.Queue[StreamEventDelta | StreamEventEnd] = asyncio.Queue()
-
-        def abort() -> None:
-            for processor in processors:
-                for event in processor.abort():
-                    events.put_nowait(event)
-
-        if request_id in self._aborts:
-            raise InvalidArgumentError(f"request_id {request_id!r} is already running; use a fresh id")
-        self._aborts[request_id] = abort
-        try:
-            async with _background(self._pump(*pair, events) for pair in zip(processors, children, strict=True)):
-                yield processors[0].start()
-                while not events.empty() or not all(processor.finished for processor in processors):
-                    event = await events.get()
-                    if isinstance(event, StreamEventDelta):
-                        yield event
-        finally:
-            del self._aborts[request_id]
-        yield StreamEventEnd.of(combine_outputs([processor.response() for processor in processors]))
-
-    async def _pump(
-        self,
-        processor: OutputProcessor,
-        child: EngineCoreRequest,
-        events: asyncio.Queue[StreamEventDelta | StreamEventEnd],
-    ) -> None:
-        """Drive one sequence through its decoding strategy; cancelling this aborts it in the core."""
-        strategy = get_strategy(child.sampling.strategy)
-        try:
-            async with aclosing(strategy(self._running_client(), child)) as outputs:
-                async for output in outputs:
-                    for event in processor.add(output):
-                        events.put_nowait(event)
-                    if processor.finished:
-                        return
-        except Exception as error:
-            if not isinstance(error, SageLLMError):
-                logger.exception("request %s failed", child.request_id)
-            for event in processor.fail(as_protocol_error(error)):
-                events.put_nowait(event)
+        return self._runner
 
     def _running_client(self) -> EngineCoreClient:
         if self._client is None:
             raise UnavailableError("the engine is not running; call start() first")
         return self._client
-
-
-@asynccontextmanager
-async def _background(coroutines: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
-    """Run coroutines beside the body; whatever still runs when it is left is cancelled and awaited."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _load_tokenizer(path: Path) -> Tokenizer:
@@ -408,12 +347,6 @@ async def _load_tokenizer(path: Path) -> Tokenizer:
     allocations are slower outside of the main thread's heap.
     """
     return load_tokenizer(path)
-
-
-def peak_memory_mb() -> float:
-    """The process's peak resident memory in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _to_request(
@@ -438,17 +371,6 @@ def _to_request(
     }
     fields |= {name: value for name, value in optional.items() if value is not None}
     return Request(stream=stream, **fields)
-
-
-def _is_long(request: Request) -> bool:
-    """Whether splitting the prompt into tokens takes so long that other requests would feel it: a millisecond."""
-    if request.messages is not None:
-        return sum(_num_chars(message) for message in request.messages) > _LONG_CHARS
-    return isinstance(request.prompt, str) and len(request.prompt) > _LONG_CHARS
-
-
-def _num_chars(message: ChatMessage) -> int:
-    return len(message.text) + sum(len(call.function.arguments) for call in message.tool_calls or ())
 
 
 def _fit_to_model(config: LLMEngineConfig, model: ModelConfig) -> LLMEngineConfig:

@@ -37,12 +37,14 @@ class OutputTimer:
         self._kv_used_tokens = 0
         self._timings: RequestTimings | None = None
 
-    def record(self, output: EngineCoreOutput) -> None:
-        """Note an output as it arrives. Tokens that arrive together have no time between them."""
+    def record(self, output: EngineCoreOutput, num_tokens: int) -> None:
+        """Note an output with `num_tokens` new tokens as it arrives; those that arrive together have no time between.
+
+        Tokens that were made elsewhere are not among the new ones.
+        """
         now = self._clock()
         self._kv_used_tokens = max(self._kv_used_tokens, output.kv_used_tokens)
         self._timings = output.metrics or self._timings
-        num_tokens = len(output.new_token_ids)
         if num_tokens == 0:
             return
         if self._first_at is None:

@@ -11,15 +11,20 @@ Holds `OutputProcessor`, one object a sequence, and `combine_outputs` for reques
 A stop string ends the text before itself (after itself with `include_stop_str_in_output`) and the tokens with the one
 that completed it. The token that ends a sequence (end of sequence, stop token) is one of its tokens but gives no text,
 unless `include_stop_str_in_output` asks for it.
+
+Of a resumed sequence the user has the first tokens and their text: these give no events, and all else comes out as it
+would have in the first run. Log-probabilities and times are those of the tokens that follow.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sagellm_core.detokenizer import IncrementalDetokenizer
+from sagellm_core.engine_core.types import EngineCoreOutput
 from sagellm_core.output_metrics import OutputTimer
 from sagellm_core.stop_strings import StopStringMatcher
 from sagellm_protocol.errors import Error, SageLLMError
@@ -28,12 +33,14 @@ from sagellm_protocol.response import CompletionOutput, FinishReason, Response, 
 from sagellm_protocol.stream import StreamEventDelta, StreamEventEnd, StreamEventStart
 
 if TYPE_CHECKING:
-    from sagellm_core.engine_core.types import EngineCoreOutput, EngineCoreRequest
+    from sagellm_core.engine_core.types import EngineCoreRequest
     from sagellm_core.sampling.logprobs import TokenLogprobs
     from sagellm_core.tokenizer import Tokenizer
     from sagellm_protocol.request import Request
 
 __all__ = ["OutputProcessor", "combine_outputs"]
+
+_UNFINISHED = (FinishReason.ERROR, FinishReason.ABORT)
 
 
 class OutputProcessor:
@@ -67,6 +74,8 @@ class OutputProcessor:
         self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._num_cached_tokens = 0
+        self._num_resumed = len(core.resumed_token_ids)
+        self._is_known = False  # whether the user has what is being taken in
         self._response: Response | None = None
 
     @property
@@ -86,6 +95,7 @@ class OutputProcessor:
             trace_id=self._request.trace_id,
             engine_id=self._engine_id,
             prompt_tokens=len(self._core.prompt_token_ids),
+            seed=self._core.seed,
         )
 
     def add(self, output: EngineCoreOutput) -> list[StreamEventDelta | StreamEventEnd]:
@@ -95,7 +105,22 @@ class OutputProcessor:
         """
         if self.finished:
             return []
-        self._timer.record(output)
+        events: list[StreamEventDelta | StreamEventEnd] = []
+        num_known = self._num_resumed - len(self._token_ids)
+        if num_known > 0 and output.finish_reason in _UNFINISHED:
+            events, output = self._catch_up(), replace(output, new_token_ids=())
+        elif 0 < num_known < len(output.new_token_ids):
+            events, output = self._take(_first(output, num_known)), _behind(output, num_known)
+        return events if self.finished else events + self._take(output)
+
+    def _take(self, output: EngineCoreOutput) -> list[StreamEventDelta | StreamEventEnd]:
+        """`add` for an output whose tokens are all known to the user, or all new."""
+        if output.new_token_ids:
+            self._is_known = len(self._token_ids) < self._num_resumed
+        else:  # what the end of the text released came with its last token
+            is_end = output.finished and output.finish_reason not in _UNFINISHED
+            self._is_known = is_end and 0 < self._num_resumed == len(self._token_ids)
+        self._timer.record(output, 0 if self._is_known else len(output.new_token_ids))
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = [entry and self._to_logprob(entry) for entry in output.prompt_logprobs]
@@ -123,7 +148,8 @@ class OutputProcessor:
         token_ids = output.new_token_ids
         num_shown = len(token_ids) - self._ends_by_token(output)
         if self._stops is None:
-            chunk = self._detokenizer.add(token_ids[:num_shown])
+            # One by one: what a token releases must not depend on the company it came in.
+            chunk = "".join([self._detokenizer.add((token_id,)) for token_id in token_ids[:num_shown]])
             return len(token_ids), chunk + self._detokenizer.flush() if output.finished else chunk
         chunk = ""
         num_before = self._core.sampled_prefix_len + len(self._token_ids)
@@ -150,7 +176,7 @@ class OutputProcessor:
     def _delta(self, output: EngineCoreOutput, num_taken: int, chunk: str) -> list[StreamEventDelta | StreamEventEnd]:
         token_ids = [int(token_id) for token_id in output.new_token_ids[:num_taken]]
         logprobs = None
-        if self._logprobs is not None and output.logprobs is not None:
+        if self._logprobs is not None and output.logprobs is not None and not self._is_known:
             logprobs = [self._to_logprob(entry) for entry in output.logprobs[:num_taken]]
             self._logprobs.extend(logprobs)
         self._token_ids.extend(token_ids)
@@ -162,6 +188,8 @@ class OutputProcessor:
         if not chunk and not token_ids:
             return []
         self._chunks.append(chunk)
+        if self._is_known:
+            return []
         return [
             StreamEventDelta(
                 request_id=self._request.request_id,
@@ -177,10 +205,18 @@ class OutputProcessor:
     def _end_early(self, reason: FinishReason, error: Error | None) -> list[StreamEventDelta | StreamEventEnd]:
         if self.finished:
             return []
+        if len(self._token_ids) < self._num_resumed and (events := self._catch_up()):
+            return events  # a stop string ended it
+        self._is_known = False
         tail = self._detokenizer.flush()
         if self._stops is not None:
             tail = self._stops.feed(tail) + self._stops.flush()
         return [*self._emit(tail, [], None), self._end(reason, None, error)]
+
+    def _catch_up(self) -> list[StreamEventDelta | StreamEventEnd]:
+        """Take in the resumed tokens that are missing, for a sequence that ends before it came so far again."""
+        missing = self._core.resumed_token_ids[len(self._token_ids) :]
+        return self._take(EngineCoreOutput(self._core.request_id, missing))
 
     def _end(self, reason: FinishReason, stop_reason: int | str | None, error: Error | None) -> StreamEventEnd:
         output = CompletionOutput(
@@ -205,7 +241,9 @@ class OutputProcessor:
             engine_id=self._engine_id,
             model=self._request.model,
             metrics=self._timer.metrics(
-                len(self._token_ids), self._num_cached_tokens, failed=reason is FinishReason.ERROR
+                max(0, len(self._token_ids) - self._num_resumed),
+                self._num_cached_tokens,
+                failed=reason is FinishReason.ERROR,
             ),
             error=error,
             usage=usage,
@@ -249,6 +287,20 @@ def combine_outputs(responses: Sequence[Response]) -> Response:
     return first.model_copy(update={**changes, "finish_reason": failed.finish_reason, "error": failed.error})
 
 
+def _first(output: EngineCoreOutput, num_tokens: int) -> EngineCoreOutput:
+    """An output with the first tokens only, which ends nothing."""
+    return EngineCoreOutput(
+        output.request_id, output.new_token_ids[:num_tokens], num_cached_tokens=output.num_cached_tokens
+    )
+
+
+def _behind(output: EngineCoreOutput, num_tokens: int) -> EngineCoreOutput:
+    """An output without its first tokens; the log-probabilities are of the last ones, in any case."""
+    rest = output.new_token_ids[num_tokens:]
+    logprobs = None if output.logprobs is None else output.logprobs[-len(rest) :]
+    return replace(output, new_token_ids=rest, logprobs=logprobs)
+
+
 def _reason_with_match(reason: FinishReason | None) -> FinishReason:
     """A stop string turns every regular ending into STOP; an error or an abort stays what it is."""
-    return reason if reason in (FinishReason.ERROR, FinishReason.ABORT) else FinishReason.STOP
+    return reason if reason in _UNFINISHED else FinishReason.STOP

@@ -7,7 +7,15 @@ Bookkeeping only, in Python and numpy: the tensors that the blocks stand for bel
 from sagellm_kv_cache.block import Block, FreeBlockQueue
 from sagellm_kv_cache.block_pool import BlockPool
 from sagellm_kv_cache.block_table import BlockTables
-from sagellm_kv_cache.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, EventQueue, KVCacheEvent
+from sagellm_kv_cache.events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    CacheDigest,
+    EventBatch,
+    EventQueue,
+    KVCacheEvent,
+)
 from sagellm_kv_cache.eviction import (
     EVICTION_POLICIES,
     CostPolicy,
@@ -18,7 +26,7 @@ from sagellm_kv_cache.eviction import (
     PriorityPolicy,
     create_eviction_policy,
 )
-from sagellm_kv_cache.hashing import hash_block, root_hash
+from sagellm_kv_cache.hashing import digest_of, extend_block_hashes, hash_block, root_hash
 from sagellm_kv_cache.manager import CacheRequest, KVCacheManager
 from sagellm_kv_cache.prefix_cache import PrefixCache
 from sagellm_kv_cache.stats import KVCacheStats
@@ -31,6 +39,7 @@ __all__ = [
     "BlockRemoved",
     "BlockStored",
     "BlockTables",
+    "CacheDigest",
     "CacheRequest",
     "CostPolicy",
     "EventBatch",
@@ -46,6 +55,8 @@ __all__ = [
     "PrefixCache",
     "PriorityPolicy",
     "create_eviction_policy",
+    "digest_of",
+    "extend_block_hashes",
     "hash_block",
     "root_hash",
 ]

@@ -62,6 +62,14 @@ class EventBatch:
         return iter(self.events)
 
 
+@dataclass(frozen=True, slots=True)
+class CacheDigest:
+    """What a reader's copy of the index must add up to: the cached blocks, and their hashes' first 8 bytes xored."""
+
+    num_blocks: int = 0
+    xor: int = 0  # of the bytes as little-endian numbers
+
+
 class EventQueue:
     """A bounded queue of events. `capacity` counts blocks spoken of; 0 turns the queue off."""
 
@@ -71,6 +79,14 @@ class EventQueue:
         self._num_blocks = 0
         self._next_sequence = 0
         self._num_dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def resize(self, capacity: int) -> None:
+        """Change the capacity; what is queued is dropped, as a reader who begins now must ask for all anyway."""
+        self.capacity = capacity
+        self._clear()
 
     @property
     def is_enabled(self) -> bool:

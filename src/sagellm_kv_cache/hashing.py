@@ -66,6 +66,11 @@ def decode_tokens(token_bytes: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(token_bytes) // TOKEN_BYTES}i", token_bytes)
 
 
+def digest_of(block_hash: bytes) -> int:
+    """A block's part of `CacheDigest.xor`."""
+    return int.from_bytes(block_hash[:8], "little")
+
+
 def _field(value: str | None) -> bytes:
     """Length-prefixed, so that no two pairs of fields read the same; lone surrogates (legal in JSON) pass too."""
     if value is None:

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from sagellm_kv_cache.block import Block
 from sagellm_kv_cache.block_pool import BlockPool
-from sagellm_kv_cache.events import EventBatch, EventQueue
+from sagellm_kv_cache.events import CacheDigest, EventBatch, EventQueue
 from sagellm_kv_cache.eviction import EvictionPolicy, create_eviction_policy
 from sagellm_kv_cache.hashing import TOKEN_BYTES, encode_tokens, extend_block_hashes, root_hash
 from sagellm_kv_cache.prefix_cache import PrefixCache
@@ -155,6 +155,17 @@ class KVCacheManager:
         blocks = self._prefix_cache.match(root, request.block_hashes[:num_blocks], token_ids)
         return blocks, len(blocks) * self.block_size
 
+    def find_cached_blocks(self, request: CacheRequest) -> list[Block]:
+        """All full blocks of the request's tokens that are cached, from the start to the first miss.
+
+        For carrying content in and out: it covers the last token too and asks nothing about `read_prefix_cache`.
+        Changes nothing but `request.block_hashes`.
+        """
+        num_blocks = len(request.token_ids) // self.block_size
+        root = root_hash(request.cache_salt, request.lora_id)
+        extend_block_hashes(request.block_hashes, request.token_ids, self.block_size, num_blocks, root)
+        return self._prefix_cache.match(root, request.block_hashes[:num_blocks], request.token_ids)
+
     def allocate_slots(
         self,
         request: CacheRequest,
@@ -225,6 +236,20 @@ class KVCacheManager:
             return False
         self._pool.clear_cache()
         return True
+
+    def record_events(self, capacity: int) -> None:
+        """Record events from now on, for at most `capacity` blocks; 0: no more. Begin with `resync_events`."""
+        self._prefix_cache.events.resize(capacity)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `take_events` would find any."""
+        return len(self._prefix_cache.events) > 0
+
+    @property
+    def cached_digest(self) -> CacheDigest:
+        """The digest of all that is cached, with the events not taken yet."""
+        return self._prefix_cache.digest
 
     def take_events(self) -> EventBatch:
         """What was stored and removed since the last call, oldest first; empty without `event_capacity`."""

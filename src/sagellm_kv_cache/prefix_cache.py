@@ -11,8 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from sagellm_kv_cache.block import Block
-from sagellm_kv_cache.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, EventQueue, KVCacheEvent
-from sagellm_kv_cache.hashing import TOKEN_BYTES, decode_tokens, encode_tokens
+from sagellm_kv_cache.events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    CacheDigest,
+    EventBatch,
+    EventQueue,
+    KVCacheEvent,
+)
+from sagellm_kv_cache.hashing import TOKEN_BYTES, decode_tokens, digest_of, encode_tokens
 
 
 class PrefixCache:
@@ -22,6 +30,7 @@ class PrefixCache:
         self.block_size = block_size
         self.events = events
         self._index: dict[bytes, Block] = {}
+        self._xor = 0
 
     def __len__(self) -> int:
         return len(self._index)
@@ -32,6 +41,11 @@ class PrefixCache:
     def __contains__(self, block: Block) -> bool:
         """Whether lookups lead to this very block (not to a duplicate of its content)."""
         return block.block_hash is not None and self._index.get(block.block_hash) is block
+
+    @property
+    def digest(self) -> CacheDigest:
+        """The digest of what is indexed."""
+        return CacheDigest(len(self._index), self._xor)
 
     def match(self, root: bytes, hashes: Sequence[bytes], token_ids: Sequence[int]) -> list[Block]:
         """The blocks of the longest cached prefix, from the start of the sequence to the first miss.
@@ -69,6 +83,7 @@ class PrefixCache:
                 run = []
             else:
                 self._index[block.block_hash] = block
+                self._xor ^= digest_of(block.block_hash)
                 run.append(block)
         self._put_stored(run)
 
@@ -79,6 +94,7 @@ class PrefixCache:
             assert block in self, f"{block!r} is not indexed"
             assert block.block_hash is not None
             del self._index[block.block_hash]
+            self._xor ^= digest_of(block.block_hash)
             hashes.append(block.block_hash)
         if self.events.is_enabled and hashes:
             self.events.put(BlockRemoved(tuple(hashes)))
@@ -86,6 +102,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything."""
         self._index.clear()
+        self._xor = 0
         if self.events.is_enabled:
             self.events.put(AllBlocksCleared())
 

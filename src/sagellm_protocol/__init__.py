@@ -39,10 +39,11 @@ if TYPE_CHECKING:
     from sagellm_protocol.kv import KVAllocateParams, KVBlock, KVErrorCode, KVHandle, KVTransferMetadata
     from sagellm_protocol.messages import ChatMessage, FunctionCall, FunctionDefinition, TextPart, Tool, ToolCall
     from sagellm_protocol.metrics import Metrics, Timestamps, wall_clock_epoch
-    from sagellm_protocol.model import EdgeModel, ProtocolEnum, ProtocolModel, Remedy, parse
+    from sagellm_protocol.model import EchoedModel, EdgeModel, ProtocolEnum, ProtocolModel, Remedy, parse
     from sagellm_protocol.model_description import ModelDescription, TokenizeRequest
     from sagellm_protocol.request import SLO, Request, RequestPriority
     from sagellm_protocol.response import CompletionOutput, FinishReason, Response, TokenLogprob, TopLogprob, Usage
+    from sagellm_protocol.resume import ResumePoint
     from sagellm_protocol.sampling import DecodingStrategy, SamplingParams, SamplingPreset
     from sagellm_protocol.stream import (
         StreamEvent,
@@ -84,10 +85,11 @@ else:
             ".kv": ("KVAllocateParams", "KVBlock", "KVErrorCode", "KVHandle", "KVTransferMetadata"),
             ".messages": ("ChatMessage", "FunctionCall", "FunctionDefinition", "TextPart", "Tool", "ToolCall"),
             ".metrics": ("Metrics", "Timestamps", "wall_clock_epoch"),
-            ".model": ("EdgeModel", "ProtocolEnum", "ProtocolModel", "Remedy", "parse"),
+            ".model": ("EchoedModel", "EdgeModel", "ProtocolEnum", "ProtocolModel", "Remedy", "parse"),
             ".model_description": ("ModelDescription", "TokenizeRequest"),
             ".request": ("SLO", "Request", "RequestPriority"),
             ".response": ("CompletionOutput", "FinishReason", "Response", "TokenLogprob", "TopLogprob", "Usage"),
+            ".resume": ("ResumePoint",),
             ".sampling": ("DecodingStrategy", "SamplingParams", "SamplingPreset"),
             ".stream": ("StreamEvent", "StreamEventDelta", "StreamEventEnd", "StreamEventStart", "parse_stream_event"),
             ".structured": ("StructuredOutput",),
@@ -109,6 +111,7 @@ __all__ = [
     "DeadlineExceededError",
     "DecodingStrategy",
     "DistributedRuntimeError",
+    "EchoedModel",
     "EdgeModel",
     "EmbedParams",
     "Error",
@@ -138,6 +141,7 @@ __all__ = [
     "RequestPriority",
     "ResourceExhaustedError",
     "Response",
+    "ResumePoint",
     "SageLLMError",
     "SamplingParams",
     "SamplingPreset",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from sagellm_protocol.errors import InvalidArgumentError
-from sagellm_protocol.model import EdgeModel, Remedy
+from sagellm_protocol.model import EchoedModel, EdgeModel, Remedy
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -26,20 +26,14 @@ class TextPart(EdgeModel):
     text: str
 
 
-class _Echoed(EdgeModel):
-    """A value that clients send back as they keep it; fields of their own (`parsed`, `index`) are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class FunctionCall(_Echoed):
+class FunctionCall(EchoedModel):
     """The function that a tool call names, with its arguments as a JSON text (as the model wrote them)."""
 
     name: ToolName
     arguments: str = "{}"
 
 
-class ToolCall(_Echoed):
+class ToolCall(EchoedModel):
     """A call of a tool that the assistant asks for."""
 
     id: str = Field(min_length=1, max_length=256)
@@ -47,7 +41,7 @@ class ToolCall(_Echoed):
     function: FunctionCall
 
 
-class ChatMessage(_Echoed):
+class ChatMessage(EchoedModel):
     """One message of a conversation, as a client sends it and as an assistant's answer is kept.
 
     Clients send an answer back as they got it: fields beside these (``refusal``, ``annotations``, ``parsed``, ...) are

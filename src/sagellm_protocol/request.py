@@ -14,6 +14,7 @@ from sagellm_protocol.ids import new_request_id, new_trace_id
 from sagellm_protocol.kv import KVTransferMetadata
 from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool
 from sagellm_protocol.model import EdgeModel, Remedy
+from sagellm_protocol.resume import ResumePoint
 from sagellm_protocol.sampling import SamplingParams
 from sagellm_protocol.structured import StructuredOutput
 
@@ -85,6 +86,11 @@ class Request(EdgeModel):
     )
     prompt: str | TokenIds | None = Field(default=None, description="A text, or token ids.")
     messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    prompt_token_ids: TokenIds | None = Field(
+        default=None,
+        description="The tokens of prompt or messages, where the sender made them with this model's tokenizer; they "
+        "spare the engine the work.",
+    )
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     chat_template_kwargs: dict[str, JsonValue] | None = Field(
         default=None, description="Further variables of the chat template."
@@ -109,12 +115,16 @@ class Request(EdgeModel):
     )
     priority: Priority = RequestPriority.NORMAL
     slo: SLO | None = None
+    tenant: Identifier | None = Field(default=None, description="Who is charged, such as the name of an API key.")
     session_id: Identifier | None = None
     cache_salt: Identifier | None = Field(
         default=None, description="Only requests with the same salt share cached prefixes."
     )
     lora: Identifier | None = Field(default=None, description="Name of the LoRA adapter to apply.")
     kv_transfer: KVTransferMetadata | None = None
+    resume_from: ResumePoint | None = Field(
+        default=None, description="Go on with an answer whose beginning the caller has."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -124,13 +134,29 @@ class Request(EdgeModel):
             )
         if self.prompt is not None and self.messages is not None:
             raise InvalidArgumentError("prompt and messages exclude each other; give only one", field="prompt")
-        if self.embed is not None and (self.stream or self.structured_output is not None):
-            field = "stream" if self.stream else "structured_output"
+        if self.prompt_token_ids is not None and isinstance(self.prompt, list):
             raise InvalidArgumentError(
-                f"{field} does not go with embed, which makes a vector; leave it out", field=field
+                "prompt_token_ids are the tokens of a text or messages; prompt holds token ids already: leave them out",
+                field="prompt_token_ids",
             )
-        self.resolved_sampling()
+        if self.embed is not None:
+            self._check_embed()
+        sampling = self.resolved_sampling()
+        if self.resume_from is not None and sampling.seed not in (None, self.resume_from.seed):
+            raise InvalidArgumentError(
+                f"seed is {sampling.seed} but resume_from.seed is {self.resume_from.seed}; give the one that the "
+                "request began with",
+                field="resume_from.seed",
+            )
         return self
+
+    def _check_embed(self) -> None:
+        given = {"structured_output": self.structured_output, "resume_from": self.resume_from}
+        fields = ["stream"] * self.stream + [name for name, value in given.items() if value is not None]
+        if fields:
+            raise InvalidArgumentError(
+                f"{fields[0]} does not go with embed, which makes a vector; leave it out", field=fields[0]
+            )
 
     @field_serializer("sampling_params")
     def _dump_sampling(self, params: SamplingParams | None) -> dict[str, Any] | None:

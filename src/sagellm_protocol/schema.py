@@ -17,11 +17,11 @@ from pydantic import BaseModel
 
 import sagellm_protocol
 from sagellm_protocol import PROTOCOL_VERSION, NotFoundError, SageLLMError, openai
-from sagellm_protocol.model import EdgeModel, ProtocolModel
+from sagellm_protocol.model import EchoedModel, EdgeModel, ProtocolModel
 from sagellm_protocol.stream import STREAM_EVENT_ADAPTER
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_BASES = (ProtocolModel, EdgeModel)
+_BASES = (ProtocolModel, EdgeModel, EchoedModel)
 
 
 def schema_types() -> tuple[str, ...]:

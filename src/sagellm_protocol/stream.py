@@ -31,6 +31,7 @@ class StreamEventStart(_StreamEvent):
 
     event: Literal["start"] = "start"
     prompt_tokens: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, description="That the request runs with, given or drawn; for `resume_from`.")
 
 
 class StreamEventDelta(_StreamEvent):
@@ -63,7 +64,8 @@ class StreamEventEnd(_StreamEvent):
 
     def to_response(self) -> Response:
         """Return what ``generate`` would have returned."""
-        return Response(**{name: getattr(self, name) for name in type(self).model_fields if name != "event"})
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "event"}
+        return Response(**fields, logprobs=self.outputs[0].logprobs if self.outputs else None)
 
 
 StreamEvent = Annotated[StreamEventStart | StreamEventDelta | StreamEventEnd, Field(discriminator="event")]

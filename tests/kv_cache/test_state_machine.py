@@ -7,6 +7,8 @@ handed out twice or reused too early.
 
 from __future__ import annotations
 
+import functools
+import operator
 from hashlib import sha256
 
 import pytest
@@ -22,8 +24,10 @@ from sagellm_kv_cache import (
     BlockRemoved,
     BlockStored,
     BlockTables,
+    CacheDigest,
     EventBatch,
     KVCacheManager,
+    digest_of,
     root_hash,
 )
 
@@ -227,6 +231,9 @@ class KVCacheMachine(RuleBasedStateMachine):
             self.next_event = batch.next_sequence
             batch = self.manager.resync_events()
         self._apply(batch)
+        xor = functools.reduce(operator.xor, map(digest_of, self.replica), 0)
+        assert self.manager.cached_digest == CacheDigest(len(self.replica), xor)
+        assert not self.manager.has_events
 
     def _apply(self, batch: EventBatch) -> None:
         assert batch.sequence == self.next_event

@@ -18,6 +18,7 @@ from sagellm_protocol import (
     KVTransferMetadata,
     Request,
     RequestPriority,
+    ResumePoint,
     SamplingParams,
     StructuredOutput,
 )
@@ -212,3 +213,39 @@ def test_round_trip_through_json(source: dict[str, Any], fields: dict[str, Any])
     assert again == request
     assert json.loads(again.model_dump_json()) == json.loads(text)
     assert again.resolved_sampling() == request.resolved_sampling()
+
+
+def test_a_resumed_request_survives_the_wire() -> None:
+    request = Request(
+        prompt="Hello",
+        prompt_token_ids=[5, 6],
+        tenant="team a",
+        resume_from=ResumePoint(output_token_ids=[[1, 2], []], seed=2**63 - 1),
+        sampling_params=SamplingParams(n=2, temperature=1.0),
+    )
+    assert Request.model_validate_json(request.model_dump_json()) == request
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        ({"prompt": [1], "prompt_token_ids": [1]}, "prompt_token_ids", "leave them out"),
+        ({"prompt": "x", "prompt_token_ids": []}, "prompt_token_ids", "must not be empty"),
+        ({"prompt": "x", "prompt_token_ids": [-1]}, "prompt_token_ids[0]", ">= 0"),
+        ({"prompt": "x", "resume_from": {}}, "resume_from.seed", "required"),
+        ({"prompt": "x", "resume_from": {"seed": -1}}, "resume_from.seed", ">= 0"),
+        ({"prompt": "x", "resume_from": {"seed": 1, "output_token_ids": [[-5]]}}, None, ">= 0"),
+        ({"prompt": "x", "resume_from": {"seed": 1}, "embed": {}}, "resume_from", "does not go with embed"),
+        (
+            {"prompt": "x", "resume_from": {"seed": 1}, "sampling_params": {"seed": 2, "temperature": 1.0}},
+            "resume_from.seed",
+            "seed is 2 but resume_from.seed is 1",
+        ),
+        ({"prompt": "x", "tenant": "a\nb"}, "tenant", "control characters"),
+    ],
+)
+def test_what_does_not_fit_together(fields: dict[str, Any], field: str | None, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        Request.model_validate(fields)
+    if field is not None:
+        assert caught.value.context["field"] == field

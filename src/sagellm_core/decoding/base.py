@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sagellm_core.engine_core.types import CoreClient, EngineCoreOutput, EngineCoreRequest, RequestTimings
+from sagellm_core.sampling.metadata import stop_ids
 from sagellm_core.sampling.rng import derive_seed
 from sagellm_protocol.errors import InternalError
 from sagellm_protocol.response import FinishReason
@@ -34,8 +35,25 @@ class BaseDecodingStrategy(ABC):
     def __call__(self, client: CoreClient, request: EngineCoreRequest) -> AsyncGenerator[EngineCoreOutput, None]:
         """Run `request` over `client`: outputs under the request's id, the last one with a finish reason.
 
+        The outputs hold all tokens of the answer, from the first on, those in `request.resumed_token_ids` too.
         Closing the generator early aborts whatever runs for it.
         """
+
+
+async def behind_resumed(
+    outputs: AsyncGenerator[EngineCoreOutput, None], request: EngineCoreRequest
+) -> AsyncGenerator[EngineCoreOutput, None]:
+    """A request's outputs with its resumed tokens before them, for strategies that go on behind these.
+
+    A resumed token that may have ended the text comes with the next output, which says whether it did.
+    """
+    resumed = request.resumed_token_ids
+    held = len(resumed) > 0 and resumed[-1] in stop_ids(request)
+    async with aclosing(outputs):
+        yield EngineCoreOutput(request.request_id, resumed[: len(resumed) - held])
+        async for output in outputs:
+            yield replace(output, new_token_ids=[resumed[-1], *output.new_token_ids]) if held else output
+            held = False
 
 
 def child_request(request: EngineCoreRequest, index: int) -> EngineCoreRequest:
@@ -85,6 +103,7 @@ def probe_request(
         prompt_token_ids=(*request.prompt_token_ids, *continuation),
         sampling=request.sampling.model_copy(update={**one_token, **(overrides or {})}),
         sampled_prefix_len=request.sampled_prefix_len + len(continuation),
+        resumed_token_ids=(),
         processed_logprobs=True,
         read_prefix_cache=read_prefix_cache,
         want_hidden_states=want_hidden_states,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
-from sagellm_core.decoding.base import BaseDecodingStrategy
+from sagellm_core.decoding.base import BaseDecodingStrategy, behind_resumed
 from sagellm_core.engine_core.types import CoreClient, EngineCoreOutput, EngineCoreRequest
 from sagellm_protocol.sampling import DecodingStrategy
 
@@ -21,7 +21,7 @@ class GreedyDecoding(BaseDecodingStrategy):
         """See the base class; a request that asks for another strategy is decoded greedily all the same."""
         if request.sampling.strategy is not self.strategy:
             request = replace(request, sampling=request.sampling.model_copy(update={**_GREEDY, "num_beams": 1}))
-        return client.submit(request)
+        return _submit(client, request)
 
 
 class SamplingDecoding(BaseDecodingStrategy):
@@ -36,4 +36,9 @@ class SamplingDecoding(BaseDecodingStrategy):
             temperature = sampling.temperature if "temperature" in sampling.model_fields_set else 1.0
             changes = {"strategy": self.strategy, "temperature": temperature, "num_beams": 1}
             request = replace(request, sampling=sampling.model_copy(update=changes))
-        return client.submit(request)
+        return _submit(client, request)
+
+
+def _submit(client: CoreClient, request: EngineCoreRequest) -> AsyncGenerator[EngineCoreOutput, None]:
+    outputs = client.submit(request)
+    return behind_resumed(outputs, request) if request.resumed_token_ids else outputs

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from sagellm_core.config import LLMEngineConfig
+from sagellm_core.engine_core.output import SchedulerOutput
 from sagellm_core.engine_core.policy import get_policy
+from sagellm_core.engine_core.report import EngineStats
 from sagellm_core.engine_core.scheduler import Scheduler, SchedulerLimits
 from sagellm_core.engine_core.types import EngineCoreOutput, EngineCoreRequest
 from sagellm_core.executor.base import Executor
@@ -16,25 +17,6 @@ from sagellm_kv_cache import KVCacheManager
 from sagellm_protocol import FinishReason, InternalError, SageLLMError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """The engine at one moment, for health pages, routers and metrics."""
-
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_free_blocks: int
-    kv_usage: float  # 0..1
-    num_steps: int
-    num_preemptions: int
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
-    evict_count: int
-    num_prompt_tokens: int = 0  # of all requests taken since the start
-    num_output_tokens: int = 0  # sampled since the start
-    block_size: int = 0  # tokens a block holds
 
 
 class EngineCore:
@@ -65,14 +47,17 @@ class EngineCore:
             ),
             clock,
         )
+        self.on_step: Callable[[SchedulerOutput, float], None] | None = None  # told of each step and its seconds
+        self._clock = clock
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
 
-    def add_request(self, request: EngineCoreRequest) -> None:
-        """Queue a request; raises `InvalidArgumentError` or `ResourceExhaustedError`."""
-        self.scheduler.add_request(request)
+    def add_request(self, request: EngineCoreRequest) -> EngineCoreOutput | None:
+        """Queue a request; its output if it has ended already. Raises `InvalidArgumentError` and others."""
+        output = self.scheduler.add_request(request)
         self.num_prompt_tokens += len(request.prompt_token_ids)
+        return output
 
     def abort_request(self, request_id: str) -> EngineCoreOutput | None:
         """End a request now and free its blocks; None where it has ended already."""
@@ -84,17 +69,20 @@ class EngineCore:
 
     def step(self) -> list[EngineCoreOutput]:
         """Schedule, execute, update. A step that fails ends its own requests and no others."""
-        output = self.scheduler.schedule()
-        if output is None:
+        started_at = self._clock()
+        scheduled = self.scheduler.schedule()
+        if scheduled is None:
             return []
         self.num_steps += 1
         try:
-            result = self.executor.execute_model(output)
+            result = self.executor.execute_model(scheduled)
         except Exception as error:
-            logger.exception("step %d failed", output.step_id)
+            logger.exception("step %d failed", scheduled.step_id)
             return self.scheduler.fail_step(as_protocol_error(error).to_error())
         outputs = self.scheduler.update_from_output(result)
         self.num_output_tokens += sum(len(output.new_token_ids) for output in outputs)
+        if self.on_step is not None:
+            self.on_step(scheduled, self._clock() - started_at)
         return outputs
 
     def stats(self) -> EngineStats:

@@ -50,12 +50,12 @@ class EngineRequest:
 
     @classmethod
     def from_core(cls, core: EngineCoreRequest, sequence_number: int, now: float) -> EngineRequest:
-        token_ids = list(core.prompt_token_ids)
+        token_ids = [*core.prompt_token_ids, *core.resumed_token_ids]
         timings = RequestTimings(queued_at=now)
-        request = cls(core, sequence_number, token_ids, len(token_ids), timings)
+        request = cls(core, sequence_number, token_ids, len(core.prompt_token_ids), timings)
         if core.grammar is not None:
-            emitted = token_ids[len(token_ids) - core.sampled_prefix_len :]
-            request.matcher = core.grammar.start(core.sampling.max_tokens, emitted)
+            emitted = token_ids[request.num_prompt_tokens - core.sampled_prefix_len :]
+            request.matcher = core.grammar.start(core.sampling.max_tokens - request.num_output_tokens, emitted)
         return request
 
     @property

@@ -83,8 +83,11 @@ class Scheduler:
 
     # ---- requests come and go -------------------------------------------------------------------------
 
-    def add_request(self, core: EngineCoreRequest) -> None:
-        """Queue a request; raises where it could never run, and leaves everything else as it is."""
+    def add_request(self, core: EngineCoreRequest) -> EngineCoreOutput | None:
+        """Queue a request; raises where it could never run, and leaves everything else as it is.
+
+        A request that its resumed tokens have ended is not queued: its only output is returned.
+        """
         if core.request_id in self.requests:
             raise InvalidArgumentError(f"request_id {core.request_id!r} is already running; use a fresh id")
         num_prompt_tokens = len(core.prompt_token_ids)
@@ -102,8 +105,13 @@ class Scheduler:
             )
         self._sequence_number += 1
         request = EngineRequest.from_core(core, self._sequence_number, self.clock())
+        if core.resumed_token_ids:
+            reason, stop_token = check_stop(request, self.limits.max_model_len)
+            if reason is not None:
+                return _NewTokens().build(request, reason, stop_token)
         self.requests[core.request_id] = request
         self.waiting.append(request)
+        return None
 
     def finish_request(
         self, request_id: str, reason: FinishReason, error: Error | None = None
@@ -348,7 +356,7 @@ class _NewTokens:
         stop_reason: int | None = None,
         error: Error | None = None,
     ) -> EngineCoreOutput:
-        is_first = request.num_output_tokens <= 1
+        is_first = request.num_output_tokens <= len(request.core.resumed_token_ids) + 1
         return EngineCoreOutput(
             request_id=request.request_id,
             new_token_ids=self.new_token_ids,
@@ -362,6 +370,7 @@ class _NewTokens:
             prompt_logprobs=[None, *request.prompt_logprobs] if is_first and request.prompt_logprobs else None,
             metrics=request.timings,
             error=error,
+            submission=request.core.submission,
         )
 
 

@@ -33,9 +33,12 @@ class EngineCoreRequest:
     `sagellm_core.decoding.child_request`). `sampling.max_tokens` counts new tokens. `eos_token_ids` are the model's own
     end tokens; they end the request unless `sampling.ignore_eos`, and never before `sampling.min_tokens` new tokens.
 
-    Whoever resubmits prompt + emitted tokens (beam search, contrastive search, failover) says in `sampled_prefix_len`
-    how many trailing prompt ids are emitted ones: penalties and `min_tokens` count them as output. `max_tokens` does
-    not.
+    Whoever resubmits prompt + emitted tokens (beam search, contrastive search) says in `sampled_prefix_len` how many
+    trailing prompt ids are emitted ones: penalties and `min_tokens` count them as output. `max_tokens` does not.
+
+    `resumed_token_ids` are output of this very request that another engine made: all limits count them, the request
+    goes on behind them as after a preemption, and it ends at once if they ended it. The core's outputs hold only new
+    tokens; a strategy's outputs begin with the resumed ones.
     """
 
     request_id: str
@@ -52,8 +55,10 @@ class EngineCoreRequest:
     seed: int = 0  # key of the random numbers, always concrete; 0 <= seed < 2**64
     choice_index: int = 0  # which of the n outputs this is; beam search returns its hypothesis of this rank
     sampled_prefix_len: int = 0  # trailing prompt ids that were generated earlier: see above
+    resumed_token_ids: Sequence[int] = ()  # the first output tokens, made elsewhere: see above
     processed_logprobs: bool = False  # logprobs after bias, masks and penalties (no temperature), not the raw ones
     grammar: Grammar | None = None  # the form of the output; of this process, the one field that cannot be pickled
+    submission: int = 0  # the client's number: tells the request from an earlier one of the same id
 
 
 @dataclass(slots=True)
@@ -102,6 +107,7 @@ class EngineCoreOutput:
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # first entry None: nothing precedes the first token
     metrics: RequestTimings | None = None
     error: Error | None = None  # with the finish reason "error"
+    submission: int = 0  # that of the request
 
     @property
     def finished(self) -> bool:

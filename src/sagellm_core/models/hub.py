@@ -22,7 +22,7 @@ from sagellm_protocol.errors import (
     UnavailableError,
 )
 
-__all__ = ["BUILTIN_MODEL", "LocalModel", "Source", "list_local_models", "resolve_model"]
+__all__ = ["BUILTIN_MODEL", "LocalModel", "Source", "list_local_models", "resolve_config", "resolve_model"]
 
 Source = Literal["auto", "huggingface", "modelscope"]
 
@@ -71,6 +71,27 @@ def resolve_model(model: str, *, revision: str | None = None, source: Source = "
     if source == "modelscope":
         return _from_modelscope(repository, file, revision)
     return _from_huggingface(repository, file, revision)
+
+
+def resolve_config(model: str) -> Path:
+    """The `config.json` of `model`, a folder, such a file, or a hub id; of the latter nothing else is downloaded.
+
+    Raises as `resolve_model`, and `NotFoundError` for a folder without one.
+    """
+    path = _builtin() if model == BUILTIN_MODEL else Path(model).expanduser()
+    if path.is_dir():
+        path /= "config.json"
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise NotFoundError(
+            f"{model or 'empty model name'}: no config.json there, and not a hub id (owner/name); check the path",
+            field="model",
+        )
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(model):
+        return Path(hf_hub_download(model, "config.json"))
 
 
 def list_local_models() -> list[LocalModel]:

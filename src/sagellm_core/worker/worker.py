@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from sagellm_backend import BackendProvider, KVLayout
 from sagellm_compression.quantization import get_quant_method
 from sagellm_core.config import LLMEngineConfig
 from sagellm_core.engine_core.output import ModelRunnerOutput, SchedulerOutput
 from sagellm_core.executor.base import KVCacheCapacity
+from sagellm_core.kv_format import KVFormat
 from sagellm_core.models import LoadProgress, ModelConfig, load_model
 from sagellm_core.models.config import to_torch_dtype
 from sagellm_core.models.decoder import CausalLM
 from sagellm_core.models.encoder import EncoderModel
+from sagellm_core.models.fingerprint import model_fingerprint
 from sagellm_core.worker.encoder_runner import EncoderRunner
+from sagellm_core.worker.kv_blocks import bytes_per_block, describe_layout, read_blocks, write_blocks
 from sagellm_core.worker.model_runner import ModelRunner
-from sagellm_protocol import DType, ResourceExhaustedError, UnavailableError
+from sagellm_protocol import DType, ResourceExhaustedError, UnavailableError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,8 @@ class Worker:
         self._model: CausalLM | EncoderModel | None = None
         self._runner: ModelRunner | EncoderRunner | None = None
         self._capacity: KVCacheCapacity | None = None
+        self._kv_caches: list[Tensor] = []
+        self._kv_format: KVFormat | None = None
 
     def load_model(self) -> None:
         """Read the weights; refuses before reading where they cannot fit."""
@@ -70,8 +77,8 @@ class Worker:
             kv_dtype = torch.int8 if dtype is DType.INT8 else to_torch_dtype(dtype)
         layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.config.block_size, kv_dtype)
         num_blocks = self._num_blocks(layout)
-        kv_caches = self.provider.allocate_kv_cache(layout, num_blocks)
-        self._runner = ModelRunner(model, self.provider, kv_caches)
+        self._kv_caches = self.provider.allocate_kv_cache(layout, num_blocks)
+        self._runner = ModelRunner(model, self.provider, self._kv_caches)
         self._capacity = KVCacheCapacity(num_blocks, layout.block_size, layout.bytes_per_block // layout.block_size)
         logger.info("KV cache: %d blocks of %d tokens, %s", num_blocks, layout.block_size, kv_dtype)
         return self._capacity
@@ -88,6 +95,37 @@ class Worker:
         if self._runner is None:
             raise UnavailableError("the worker has no model yet; start the engine first")
         return self._runner.execute_model(output)
+
+    def kv_format(self) -> KVFormat:
+        """What a KV block's bytes mean; read from the model's files when it is first asked for."""
+        if self._kv_format is None:
+            if not self._kv_caches:
+                raise UnsupportedError("this model keeps no KV cache, so nothing of it can be handed over")
+            self._kv_format = KVFormat(
+                layout=describe_layout(self._kv_caches),
+                kernels=" ".join(f"{name}:{source}" for name, source in self.provider.ops.explain().items()),
+                model=model_fingerprint(self.model_config.path, self._how_loaded()),
+                bytes_per_block=bytes_per_block(self._kv_caches),
+            )
+        return self._kv_format
+
+    def _how_loaded(self) -> list[str]:
+        """What else than the files decides what the model computes."""
+        model = self._loaded_model()
+        assert isinstance(model, CausalLM), "encoders keep no KV cache"
+        ropes = [layer.rope for layer in model.spec.layers if layer.rope is not None]
+        kinds = {rope.scaling.kind for rope in ropes if rope.scaling is not None}
+        # These frequencies are resolved for the longest text that the engine takes.
+        length = self.config.max_model_len if kinds & {"dynamic", "longrope"} else 0
+        return [self.config.quantization, self.config.dtype, str(length)]
+
+    def read_blocks(self, block_ids: Sequence[int]) -> bytes:
+        """The content of these KV blocks, one after the other."""
+        return read_blocks(self._kv_caches, block_ids)
+
+    def write_blocks(self, block_ids: Sequence[int], data: memoryview) -> None:
+        """Fill these KV blocks."""
+        write_blocks(self._kv_caches, block_ids, data)
 
     def describe(self) -> dict[str, object]:
         """What runs where, as plain JSON values."""
@@ -110,6 +148,7 @@ class Worker:
         """Drop weights and caches."""
         self._runner = None
         self._model = None
+        self._kv_caches = []
 
     def _loaded_model(self) -> CausalLM | EncoderModel:
         if self._model is None:

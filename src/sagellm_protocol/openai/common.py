@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
@@ -195,9 +196,16 @@ class GenerationRequest(EdgeModel):
 
     def _given_sampling(self, **further: Any) -> SamplingParams:
         """Return the sampling fields that were given, and ``further`` ones that aren't None, as SamplingParams."""
-        values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if name in self.model_fields_set}
+        values = {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING_FIELDS}
         values.update(further)
-        return SamplingParams(**{name: value for name, value in values.items() if value is not None and value != ()})
+        given = {name: value for name, value in values.items() if value is not None and value != ()}
+        return SamplingParams(**given) if "logit_bias" in given else _sampling_of(tuple(given.items()))
+
+
+@lru_cache(maxsize=256)
+def _sampling_of(given: tuple[tuple[str, Any], ...]) -> SamplingParams:
+    """The parameters of ``given``; most clients send the same again and again, and nobody can change them."""
+    return SamplingParams(**dict(given))
 
 
 _GUIDED_FIELDS = {
@@ -207,7 +215,7 @@ _GUIDED_FIELDS = {
     "guided_grammar": "grammar",
 }
 _REQUEST_FIELDS = ("model", "priority", "session_id", "cache_salt", "lora", "kv_budget_tokens", "metadata")
-_SAMPLING_FIELDS = tuple(name for name in SamplingParams.model_fields if name in GenerationRequest.model_fields)
+_SAMPLING_FIELDS = SamplingParams.model_fields.keys() & GenerationRequest.model_fields.keys()
 
 
 class PromptTokensDetails(ApiModel):

@@ -11,7 +11,7 @@ import torch
 
 from model_zoo import FAMILIES, build
 from sagellm_core import LLMEngine, LLMEngineConfig
-from sagellm_core.engine_core.engine_core import EngineStats
+from sagellm_core.engine_core.report import EngineStats
 from sagellm_protocol import SamplingParams
 from small_tokenizers import byte_level_backend
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ async def test_a_loop_that_is_closed_under_its_request(folder: Path) -> None:
                 if isinstance(event, StreamEventDelta):
                     break
             known = client._consumers["lost"]
-            client._consumers["lost"] = type(known)(ClosedLoop(), known.outputs)  # type: ignore[arg-type]
+            client._consumers["lost"] = replace(known, loop=ClosedLoop())  # type: ignore[arg-type]
             await settled(engine)
             assert "lost" not in client._consumers
             assert len(await ask(engine, [5, 6])) == 12

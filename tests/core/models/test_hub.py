@@ -102,6 +102,20 @@ def test_download_takes_what_is_needed(tmp_path: Path, monkeypatch: pytest.Monke
     }
 
 
+def test_of_a_hub_id_the_configuration_alone_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repository: str, file: str) -> str:
+        return str(tmp_path / repository.replace("/", "--") / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert hub.resolve_config("owner/name") == tmp_path / "owner--name" / "config.json"
+    (tmp_path / "config.json").write_text("{}")
+    assert hub.resolve_config(str(tmp_path)) == hub.resolve_config(str(tmp_path / "config.json"))
+    assert hub.resolve_config("builtin").is_file()
+    for wrong in ("", "./absent", str(tmp_path / "absent"), str(tmp_path.parent)):
+        with pytest.raises(NotFoundError, match=r"no config\.json there"):
+            hub.resolve_config(wrong)
+
+
 def test_single_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(repository: str, file: str, **options: Any) -> str:
         return str(tmp_path / repository.replace("/", "--") / file)

@@ -147,17 +147,6 @@ async def test_a_body_that_is_too_deep_is_refused(depth: int, status: int, is_wi
             assert "nested deeper than 4" in answer.json()["error"]["message"]
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    async def half() -> AsyncIterator[bytes]:
-        yield b'{"a":'
-        await asyncio.sleep(30)
-
-    async with client_of(limited(make_app(Work()), BodyLimits(timeout_s=0.01))) as client:
-        answer = await client.post("/echo", content=half())
-        assert answer.status_code == 408
-        assert "nothing for 0.01 s" in answer.json()["error"]["message"]
-
-
 async def test_errors_have_bodies_and_say_whether_to_try_again() -> None:
     async with client_of(make_app(Work())) as client:
         missing = await client.get("/nowhere")

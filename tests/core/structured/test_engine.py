@@ -93,7 +93,7 @@ async def test_every_form(engine: LLMEngine, temperature: float) -> None:
 
 async def shortest(engine: LLMEngine, form: dict[str, Any]) -> int:
     """The tokens of the shortest answer of this form that is known."""
-    (core,) = await engine._prepare(ask(form))
+    (core,) = await engine._running().prepare(ask(form))
     completion = core.grammar.completion  # type: ignore[union-attr]
     assert completion is not None
     return int(completion.num_tokens)
@@ -157,7 +157,8 @@ async def test_tokens_are_the_same_alone_and_in_any_company(engine: LLMEngine, c
 
 async def test_resubmitted_with_what_was_emitted_it_goes_on_the_same(engine: LLMEngine) -> None:
     """What a failover does: prompt + emitted tokens, the rest of the tokens, the same seed."""
-    (core,) = await engine._prepare(ask({"json_schema": PERSON}, 36, sampling={"temperature": 1.5, "seed": 5}))
+    request = ask({"json_schema": PERSON}, 36, sampling={"temperature": 1.5, "seed": 5})
+    (core,) = await engine._running().prepare(request)
     client = engine._running_client()
 
     async def run(request: EngineCoreRequest) -> list[int]:
@@ -184,7 +185,7 @@ async def test_logprobs_are_those_of_the_tokens_returned(engine: LLMEngine) -> N
     (output,) = answer.outputs
     assert output.logprobs is not None
     assert [entry.token_id for entry in output.logprobs] == output.token_ids
-    (core,) = await engine._prepare(request)
+    (core,) = await engine._running().prepare(request)
     scored = await engine.generate(
         [*core.prompt_token_ids, *output.token_ids],
         sampling_params=SamplingParams(max_tokens=1, prompt_logprobs=0),
@@ -252,7 +253,7 @@ async def test_a_grammar_that_grows_too_complex_ends_alone(engine: LLMEngine, mo
             raise steering.cannot_compile("too many states")
 
     good = engine.execute(ask({"json_schema": PERSON}))
-    (core,) = await engine._prepare(ask({"choice": ["yes", "no"]}))
+    (core,) = await engine._running().prepare(ask({"choice": ["yes", "no"]}))
     assert core.grammar is not None
     monkeypatch.setattr(type(core.grammar), "start", _start_as(Fails, core.grammar, type(core.grammar).start))
     answer, other = await asyncio.gather(engine.execute(ask({"choice": ["yes", "no"]})), good)
@@ -286,4 +287,4 @@ async def test_the_short_form(engine: LLMEngine) -> None:
 async def test_nothing_is_loaded_without_a_form() -> None:
     async with engine_with() as engine:
         await engine.generate("Hello", max_tokens=2)
-        assert engine._grammars is None
+        assert engine._running()._grammars is None
