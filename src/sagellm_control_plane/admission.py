@@ -1,226 +1,203 @@
-"""Admission: requests wait in a queue until the policy and the router give each a place on an engine."""
+"""Admission: who may join the queue, and who must leave because time is up."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 
-from sagellm_control_plane.config import PDSeparationConfig
+from sagellm_control_plane.clock import Clock
+from sagellm_control_plane.config import ControlPlaneConfig
+from sagellm_control_plane.deadlines import Deadlines
+from sagellm_control_plane.dispatch import Dispatcher
 from sagellm_control_plane.engines import ManagedEngine
-from sagellm_control_plane.policies import Policy, WaitingRequest, next_request
-from sagellm_control_plane.router import Router, prefer_by_phase
-from sagellm_control_plane.types import RequestType
-from sagellm_protocol import (
-    DeadlineExceededError,
-    InvalidArgumentError,
-    NotFoundError,
-    Request,
-    ResourceExhaustedError,
-    SageLLMError,
-    UnavailableError,
+from sagellm_control_plane.explain import RequestTrace, TraceRing
+from sagellm_control_plane.journal import Journal
+from sagellm_control_plane.policies import SchedulingPolicy, WaitingRequest
+from sagellm_control_plane.pool import EnginePool
+from sagellm_control_plane.prompts import (
+    block_hashes,
+    estimate_prompt_tokens,
+    num_outputs,
+    output_limit,
+    text_of,
+    with_tokens,
 )
+from sagellm_control_plane.quotas import QuotaConfig, Quotas
+from sagellm_control_plane.routing import RoutedRequest, RoutingPolicy
+from sagellm_control_plane.ticket import Ticket
+from sagellm_control_plane.types import RequestType
+from sagellm_protocol import NotFoundError, Request, ResourceExhaustedError, SageLLMError, UnavailableError
 
-_BYTES_PER_TOKEN = 4  # of UTF-8 text, the usual estimate
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A request on its way through the control plane: `granted` will hold its engine."""
-
-    waiting: WaitingRequest
-    num_prompt_tokens: int
-    granted: asyncio.Future[ManagedEngine] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    is_late: bool = False  # its deadline has passed
-    destination: tuple[str, RequestType] = field(init=False)  # the model it asks for, and what of it
-
-    def __post_init__(self) -> None:
-        self.destination = self.request.model, RequestType.of(self.request)
-
-    @property
-    def request(self) -> Request:
-        return self.waiting.request
-
-    @property
-    def engine(self) -> ManagedEngine:
-        """Where it runs."""
-        return self.granted.result()
-
-    def deadline_error(self) -> DeadlineExceededError:
-        """What is said of a request that is late."""
-        limit = self.request.slo.deadline_ms if self.request.slo is not None else None
-        return DeadlineExceededError(f"the request's deadline of {limit:g} ms has passed; allow more time", field="slo")
+_FAR_S = 120.0  # deadlines further away are not worth a prediction
 
 
 class Admission:
-    """The queue in front of the engines. `engines` is the manager's own registry, read at every decision."""
+    """The door of the control plane. Belongs to one event loop."""
 
     def __init__(
         self,
-        engines: Mapping[str, ManagedEngine],
-        policy: Policy,
-        router: Router,
-        *,
-        pd_config: PDSeparationConfig | None,
-        max_num_waiting: int,
-        clock: Callable[[], float],
+        pool: EnginePool,
+        dispatcher: Dispatcher,
+        policy: SchedulingPolicy,
+        router: RoutingPolicy,
+        traces: TraceRing,
+        config: ControlPlaneConfig,
+        clock: Clock,
     ) -> None:
-        self._engines = engines
+        self._pool = pool
+        self._dispatcher = dispatcher
         self._policy = policy
         self._router = router
-        self._pd_config = pd_config
-        self._max_num_waiting = max_num_waiting
+        self._traces = traces
+        self._config = config
         self._clock = clock
-        self._tickets: list[Ticket] = []
+        self._quotas = None if config.quotas == QuotaConfig() else Quotas(config.quotas)
+        self._deadlines: Deadlines[Ticket] = Deadlines(clock, self._expire)
+        self._wants_tokens = router.wants_tokens or (config.pd is not None and config.pd.enabled)
         self._numbers = itertools.count()
-        self._grants = itertools.count()
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests without a place."""
-        return len(self._tickets)
+    async def submit(self, request: Request) -> Ticket:
+        """Let a request wait for its place; whoever calls this ends it with `close`.
 
-    def num_waiting_by_model(self) -> dict[str, int]:
-        """The same, by the model that is asked for."""
-        return Counter(ticket.request.model for ticket in self._tickets)
-
-    def serving(self, model: str, kind: RequestType | None = None) -> list[ManagedEngine]:
-        """The engines that requests of a kind for `model` may go to; `NotFoundError` where there is none."""
-        serving = [engine for engine in self._engines.values() if engine.serves(model, kind)]
-        if not serving:
-            if any(engine.serves(model) for engine in self._engines.values()):
-                makes, lacks = ("text", "vectors") if kind is RequestType.EMBEDDING else ("vectors", "text")
-                raise InvalidArgumentError(
-                    f"the engines of the model {model!r} make {makes}, no {lacks}; name another model", field="model"
-                )
-            if any(model in ("default", engine.instance.model_name) for engine in self._engines.values()):
-                raise UnavailableError(f"the engines of the model {model!r} take no requests now; try again later")
-            known = ", ".join(sorted({engine.instance.model_name for engine in self._engines.values()})) or "none"
-            raise NotFoundError(f"no engine serves the model {model!r}; there is {known}", field="model")
-        return serving
-
-    @asynccontextmanager
-    async def place(self, request: Request) -> AsyncGenerator[Ticket, None]:
-        """A place on an engine for the time of the body; the ledger is exact on every way out.
-
-        Engines that have not been started are started; the first that is ready will do.
+        Raises `NotFoundError` for a model that no engine serves, `UnavailableError` where none takes requests, and
+        `ResourceExhaustedError` (429) where the queue is full, its tenant's quota is used up, or its deadline would
+        pass before its first token; with `retry_after_s` in the context, where that can be said.
         """
-        serving = self.serving(request.model, RequestType.of(request))
+        serving = self._pool.serving(request.model, RequestType.of(request))
         for engine in serving:
-            engine.start(self.dispatch)
-        ticket = self._enqueue(request, serving[0])
-        timer = self._arm_deadline(ticket)
+            self._pool.supervisor.wake(engine)
+        if self._wants_tokens and len(serving) > 1:
+            request = await with_tokens(request, serving)
+        ticket = self._new_ticket(request, serving)
+        self._traces.add(ticket.trace)
+        self._pool.loads.arrived(serving[0].instance.model_name, ticket.waiting.arrival_time)
         try:
-            engine = await self._granted(ticket)
-            try:
-                if ticket.is_late:
-                    raise ticket.deadline_error()
-                yield ticket
-            finally:
-                self._leave(engine, ticket)
-        finally:
-            if timer is not None:
-                timer.cancel()
+            self._check(ticket)
+            self._dispatcher.join(ticket, ticket.waiting.arrival_time)
+        except SageLLMError as error:
+            self._turn_away(ticket, error)
+            raise
+        if ticket.waiting.deadline < float("inf"):
+            self._deadlines.add(ticket.waiting.deadline, ticket)
+        if ticket.stay is None and self._dispatcher.queue.is_overfull:
+            full = self._dispatcher.queue.full_error(self._retry_after_s(ticket))
+            self.close(ticket)
+            self._turn_away(ticket, full)
+            raise full
+        return ticket
 
-    def dispatch(self) -> None:
-        """Grant places to waiting requests, by policy, until none fits; a model without a place blocks no other."""
-        blocked: set[tuple[str, RequestType]] = set()
-        while True:
-            open_tickets = [ticket for ticket in self._tickets if ticket.destination not in blocked]
-            if not open_tickets:
-                return
-            ticket = _first(open_tickets, self._policy)
-            model, kind = ticket.destination
-            serving = [engine for engine in self._engines.values() if engine.serves(model, kind)]
-            free = [engine for engine in serving if engine.has_place]
-            if free:
-                self._tickets.remove(ticket)
-                self._grant(ticket, free)
-            elif any(engine.may_have_place for engine in serving):
-                blocked.add((model, kind))
-            else:
-                self._refuse(ticket, _no_engine(serving))
-
-    def refuse_all(self, error: SageLLMError) -> None:
-        """Let every waiting request fail with `error`."""
-        for ticket in list(self._tickets):
-            self._refuse(ticket, error)
+    def close(self, ticket: Ticket) -> None:
+        """The request is over, wherever it stands; its stay, if it has one, ends by its caller's will."""
+        self._dispatcher.leave(ticket)
+        self._dispatcher.forget(ticket)
+        ticket.is_closed = True
+        if ticket.waiting.deadline < float("inf"):
+            self._deadlines.close()
+        now = self._clock.now()
+        if ticket.reservation is not None and self._quotas is not None:
+            served = ticket.waiting.num_prompt_tokens - ticket.num_unserved_tokens if ticket.num_grants else 0
+            self._quotas.settle(ticket.reservation, served + ticket.journal.num_tokens, now)
+        if ticket.num_grants:
+            self._policy.on_ended(ticket.waiting, now, num_unserved_tokens=ticket.num_unserved_tokens)
+        ticket.trace.ended_at = now
 
     # ---- steps of the above ---------------------------------------------------------------------------
 
-    def _enqueue(self, request: Request, engine: ManagedEngine) -> Ticket:
-        num_prompt_tokens = estimate_prompt_tokens(request)
-        sampling = request.resolved_sampling()
-        is_given = "max_tokens" in sampling.model_fields_set
-        num_output_tokens = sampling.max_tokens if is_given else engine.engine.config.max_new_tokens
-        num_tokens = num_prompt_tokens + num_output_tokens * sampling.n
-        ticket = Ticket(WaitingRequest(request, self._clock(), num_tokens, next(self._numbers)), num_prompt_tokens)
-        self._tickets.append(ticket)
-        self.dispatch()
-        if ticket in self._tickets and self.num_waiting > self._max_num_waiting:
-            self._tickets.remove(ticket)
-            raise ResourceExhaustedError(f"{self.num_waiting} requests are waiting already; try again later")
-        return ticket
+    def _new_ticket(self, request: Request, serving: list[ManagedEngine]) -> Ticket:
+        now, config = self._clock.now(), serving[0].client.config
+        num_prompt_tokens, tenant = estimate_prompt_tokens(request), request.tenant or ""
+        limit = output_limit(request) or config.max_new_tokens
+        num_output_tokens = self._pool.predictor.output_tokens(tenant, request.model, limit) * num_outputs(request)
+        hashes: tuple[bytes, ...] = ()
+        text: str | None = None
+        if self._wants_tokens and len(serving) > 1:
+            hashes = block_hashes(request, config.block_size)
+            text = None if hashes else text_of(request)
+        routed = RoutedRequest(
+            request.request_id,
+            request.model,
+            num_prompt_tokens,
+            num_output_tokens,
+            hashes,
+            text,
+            request.session_id,
+            request.tenant,
+            request.slo,
+            config.block_size,
+        )
+        trace = RequestTrace(
+            request.request_id,
+            request.model,
+            request.tenant,
+            int(request.priority),
+            self._policy.name,
+            self._router.name,
+            now,
+            num_prompt_tokens,
+            self._dispatcher.num_waiting,
+        )
+        waiting = WaitingRequest(request, now, num_prompt_tokens, num_output_tokens, next(self._numbers), tenant)
+        return Ticket(waiting, routed, trace, Journal(request))
 
-    async def _granted(self, ticket: Ticket) -> ManagedEngine:
-        try:
-            return await ticket.granted
-        except asyncio.CancelledError:
-            if ticket in self._tickets:
-                self._tickets.remove(ticket)
-            elif not ticket.granted.cancelled() and ticket.granted.exception() is None:
-                self._leave(ticket.engine, ticket)  # granted and cancelled in the same moment
-            raise
+    def _turn_away(self, ticket: Ticket, error: SageLLMError) -> None:
+        trace = ticket.trace
+        trace.outcome, trace.error, trace.ended_at = error.code.value, error.message, self._clock.now()
+        if ticket.reservation is not None and self._quotas is not None:
+            self._quotas.settle(ticket.reservation, 0, trace.ended_at)
 
-    def _grant(self, ticket: Ticket, free: Sequence[ManagedEngine]) -> None:
-        if ticket.granted.done():  # cancelled, and its task has not run yet
-            return
-        if self._pd_config is not None and self._pd_config.enabled:
-            free = prefer_by_phase(free, ticket.num_prompt_tokens, self._pd_config)
-        engine = self._router(free)
-        engine.enter(ticket.waiting.num_expected_tokens, next(self._grants))
-        ticket.granted.set_result(engine)
+    def _check(self, ticket: Ticket) -> None:
+        """Raise where the request had better not wait."""
+        error = self._pool.hopeless(ticket.destination)
+        if error is not None:
+            raise error
+        waiting = ticket.waiting
+        if self._config.refuse_hopeless and waiting.deadline < waiting.arrival_time + _FAR_S:
+            self._refuse_hopeless(ticket)
+        if self._quotas is not None:
+            num_tokens = waiting.num_prompt_tokens + waiting.num_output_tokens
+            ticket.reservation = self._quotas.reserve(waiting.tenant, num_tokens, waiting.arrival_time)
 
-    def _refuse(self, ticket: Ticket, error: SageLLMError) -> None:
-        self._tickets.remove(ticket)
-        if not ticket.granted.done():
-            ticket.granted.set_exception(error)
+    def _refuse_hopeless(self, ticket: Ticket) -> None:
+        """Work that would come too late is not begun: whoever sent it can still try elsewhere."""
+        waiting, predictor = ticket.waiting, self._pool.predictor
+        rows = self._pool.open_rows(ticket.destination)
+        if not len(rows) or not predictor.has_seen(waiting.request.model):
+            return  # guesses refuse nobody
+        wait_s = 0.0 if len(self._pool.free_rows(ticket.destination)) else self._wait_s(ticket)
+        ttft_s = wait_s + float(predictor.ttft_s(rows, waiting.num_prompt_tokens).min())
+        left_s = waiting.deadline - waiting.arrival_time
+        if ttft_s > left_s:
+            raise ResourceExhaustedError(
+                f"its first token is expected in {ttft_s:.1f} s, later than its deadline of {left_s:g} s; "
+                f"try again in {max(1.0, wait_s):.0f} s, or allow more time",
+                field="slo",
+                retry_after_s=max(1.0, wait_s),
+            )
 
-    def _leave(self, engine: ManagedEngine, ticket: Ticket) -> None:
-        engine.leave(ticket.waiting.num_expected_tokens)
-        self.dispatch()
+    def _retry_after_s(self, ticket: Ticket) -> float | None:
+        return self._wait_s(ticket) if self._pool.predictor.has_seen(ticket.request.model) else None
 
-    def _arm_deadline(self, ticket: Ticket) -> asyncio.TimerHandle | None:
-        slo = ticket.request.slo
-        if slo is None or slo.deadline_ms is None:
-            return None
-        return asyncio.get_running_loop().call_later(slo.deadline_ms / 1e3, self._expire, ticket)
+    def _wait_s(self, ticket: Ticket) -> float:
+        rows, waiting = self._pool.open_rows(ticket.destination), ticket.waiting
+        num_ahead = self._dispatcher.queue.num_by_destination.get(ticket.destination, 0)
+        num_places = max(1, int(self._pool.fleet.capacity[rows].sum()))
+        return self._pool.predictor.queue_wait_s(
+            waiting.request.model, num_ahead, num_places, waiting.num_prompt_tokens, waiting.num_output_tokens
+        )
 
     def _expire(self, ticket: Ticket) -> None:
+        """Its deadline has passed: it is refused, or aborted; an engine that does not answer is left behind."""
         ticket.is_late = True
-        if ticket in self._tickets:
-            self._refuse(ticket, ticket.deadline_error())
-        elif ticket.granted.done() and not ticket.granted.cancelled() and ticket.granted.exception() is None:
-            with suppress(NotFoundError):  # it has ended just now, or not begun: then the flag tells
-                ticket.engine.engine.abort(ticket.request.request_id)
+        stay = ticket.stay
+        if stay is None:
+            self._dispatcher.refuse(ticket, ticket.deadline_error())
+            return
+        with suppress(NotFoundError, UnavailableError):  # it has ended just now, or not begun: then the flag tells
+            stay.engine.client.abort(ticket.request.request_id)
+        if stay.hand_over is not None:
+            stay.hand_over.source.pull.interrupt(ticket.deadline_error())
+        self._clock.call_later(self._config.abort_grace_s, self._cut, ticket)
 
-
-def _no_engine(serving: Sequence[ManagedEngine]) -> UnavailableError:
-    reasons = "; ".join(engine.error or f"{engine.engine_id} is {engine.state.value}" for engine in serving)
-    return UnavailableError(f"no engine can take the request: {reasons or 'the last one was taken away'}")
-
-
-def _first(tickets: Sequence[Ticket], policy: Policy) -> Ticket:
-    chosen = next_request(policy, [ticket.waiting for ticket in tickets])
-    return next(ticket for ticket in tickets if ticket.waiting is chosen)
-
-
-def estimate_prompt_tokens(request: Request) -> int:
-    """Prompt tokens for ledger and routing: exact for token ids, estimated by the length of its UTF-8 for text."""
-    if isinstance(request.prompt, list):
-        return len(request.prompt)
-    text = request.prompt or "".join(str(message.content) for message in request.messages or ())
-    return max(1, len(text.encode("utf-8", errors="replace")) // _BYTES_PER_TOKEN)
+    def _cut(self, ticket: Ticket) -> None:
+        if ticket.stay is not None:
+            ticket.stay.pull.interrupt(ticket.deadline_error())

@@ -1,16 +1,21 @@
-"""An engine under the control plane: its life, and the ledger of what it has in flight.
+"""An engine under the control plane: what it is, what is wanted of it, and where it stands.
 
-`Engine` is what the control plane needs of an engine (`LLMEngine` has it); `ManagedEngine` is one with its state. Both
-belong to one event loop; only its thread touches them.
+The `Supervisor` of `lifecycle.py` moves its state. All of it belongs to one event loop; only its thread touches it.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
+from sagellm_control_plane.breaker import CircuitBreaker
+from sagellm_control_plane.clients.base import EngineClient, Killable
+from sagellm_control_plane.clock import Clock, LoopClock
+from sagellm_control_plane.health import HealthWatch
+from sagellm_control_plane.lifecycle_config import LifecycleConfig
+from sagellm_control_plane.restarts import Restarts
 from sagellm_control_plane.types import (
     EngineInfo,
     EngineState,
@@ -18,11 +23,11 @@ from sagellm_control_plane.types import (
     ExecutionInstanceType,
     RequestType,
 )
-from sagellm_protocol import ModelDescription, Request, Response, StreamEvent, TokenizeRequest
+from sagellm_protocol import ModelDescription, SageLLMError
+from sagellm_protocol.model import ProtocolEnum
 
 if TYPE_CHECKING:
     from sagellm_core.config import LLMEngineConfig
-    from sagellm_core.engine_core.engine_core import EngineStats
 
 
 _EVERYTHING = tuple(RequestType)
@@ -35,43 +40,61 @@ _MEANT_FOR = {
 }
 
 
-class Engine(Protocol):
-    """What the control plane asks of an engine; see `LLMEngine` for what each promises."""
+class Wanted(ProtocolEnum):
+    """What an operator, or the control plane itself, wants of an engine; its state follows."""
 
-    @property
-    def engine_id(self) -> str: ...
-    @property
-    def config(self) -> LLMEngineConfig: ...
-    async def start(self) -> None: ...
-    async def stop(self) -> None: ...
-    async def execute(self, request: Request, /) -> Response: ...
-    def stream(self, request: Request, /) -> AsyncGenerator[StreamEvent, None]: ...
-    def abort(self, request_id: str) -> None: ...
-    async def health_check(self) -> bool: ...
-    async def stats(self) -> EngineStats: ...
-    def get_info(self) -> dict[str, Any]: ...
-    async def reset_prefix_cache(self) -> bool: ...
-    async def describe_model(self) -> ModelDescription: ...
-    async def tokenize(self, request: TokenizeRequest, /) -> list[int]: ...
-    async def detokenize(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = False) -> str: ...
-    async def token_texts(self, token_ids: Sequence[int], /) -> list[str]: ...
+    READY = "ready"
+    UNLOADED = "unloaded"  # until a request wakes it
+    HELD = "held"  # takes no requests; what is loaded stays loaded
+    STOPPED = "stopped"  # requests end with `abort`, and none wakes it
+    REMOVED = "removed"  # requests in flight end, then it is forgotten
+
+
+_OUT = (Wanted.HELD, Wanted.STOPPED, Wanted.REMOVED)
+_LEAVING = (Wanted.UNLOADED, Wanted.STOPPED, Wanted.REMOVED)
 
 
 @dataclass(slots=True, eq=False)
 class ManagedEngine:
-    """An engine, its state, and how many requests and tokens it was given and has not finished."""
+    """An engine, its state, and how many requests it was given and has not finished.
+
+    `state` and what follows it are the `Supervisor`'s; `row` is where the `Fleet` has its ledger.
+    """
 
     instance: ExecutionInstance
-    engine: Engine
-    state: EngineState = EngineState.STOPPED
+    client: EngineClient
+    clock: Clock = field(default_factory=LoopClock)
+    config: LifecycleConfig = field(default_factory=LifecycleConfig)
+    rng: random.Random = field(default_factory=random.Random)
+    row: int | None = None
     num_requests: int = 0
-    num_tokens: int = 0
-    last_grant: int = -1  # number of the last request it was given
+    last_used: float = 0.0  # when a request began or ended
+
+    state: EngineState = EngineState.STOPPED
+    wanted: Wanted = Wanted.UNLOADED
+    kept: Wanted = Wanted.UNLOADED  # what the next manager is to want of it
+    given: LLMEngineConfig = field(init=False)  # its configuration as it was given; the client's is fitted to the model
+    is_configured: bool = False  # it stands in the configuration, which the next manager reads anew
     error: str | None = None
     description: ModelDescription | None = None  # of its model, once it has started
-    is_held: bool = False  # the operator took it out: only the operator brings it back
-    _starting: asyncio.Task[None] | None = None
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    generation: int = 0  # counts its starts
+    num_kv_tokens: int = 0  # that its KV cache holds; 0: not known
+    memory_bytes: int = 0  # that its model takes or will take, as far as known
+    is_proven: bool = False  # it was ready once: it is restarted when it dies
+    is_given_up: bool = False  # until an operator starts it
+    is_yielding: bool = False  # it leaves memory to another model, whatever is wanted of it
+    is_stuck: bool = False  # it hangs and could not be killed: still in memory
+    loss: SageLLMError | None = None  # it died, and what is left of it has to be put away
+    on_left: Callable[[ManagedEngine], None] | None = None
+    breaker: CircuitBreaker = field(init=False)
+    health: HealthWatch = field(init=False)
+    restarts: Restarts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.given = self.client.config
+        self.breaker = CircuitBreaker(self.config.breaker, self.clock)
+        self.health = HealthWatch(self.config, self.rng)
+        self.restarts = Restarts(self.config, self.rng)
 
     @property
     def engine_id(self) -> str:
@@ -82,19 +105,29 @@ class ManagedEngine:
         return self.instance.instance_type
 
     @property
-    def has_place(self) -> bool:
-        """Whether it can take one more request now."""
-        return self.state is EngineState.READY and self.num_requests < self.instance.max_concurrent_requests
+    def pid(self) -> int | None:
+        """The process it runs in, where that is one of its own."""
+        return self.client.pid if isinstance(self.client, Killable) else None
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a request may go to it now, as far as its state is concerned; the ledger knows its places."""
+        return self.state is EngineState.READY and not self.health.is_doubted and self.breaker.allows
+
+    @property
+    def may_take_requests(self) -> bool:
+        """Whether waiting for it makes sense: it runs, starts, restarts, or waits for memory."""
+        return self.wanted is Wanted.READY and not self.is_given_up
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it is to leave memory."""
+        return self.is_yielding or self.wanted in _LEAVING
 
     @property
     def is_loaded(self) -> bool:
         """Whether its model is in memory."""
         return self.state in (EngineState.READY, EngineState.DRAINING)
-
-    @property
-    def may_have_place(self) -> bool:
-        """Whether waiting for it makes sense."""
-        return self.state in (EngineState.STARTING, EngineState.READY)
 
     def serves(self, model: str, kind: RequestType | None = None) -> bool:
         """Whether requests for `model` may come here; `default` is any model, None any kind of request."""
@@ -114,92 +147,42 @@ class ManagedEngine:
     @property
     def is_out(self) -> bool:
         """Whether it takes no more requests, whatever they ask for."""
-        return self.is_held or self.state is EngineState.DRAINING
+        return self.wanted in _OUT
 
-    def info(self) -> EngineInfo:
-        """The engine at this moment."""
+    def info(self, num_tokens: int = 0) -> EngineInfo:
+        """The engine at this moment; `num_tokens` in flight is what the fleet's ledger says."""
         return EngineInfo(
             engine_id=self.engine_id,
             model=self.instance.model_name,
             instance_type=self.instance_type,
             state=self.state,
             num_requests=self.num_requests,
-            num_tokens=self.num_tokens,
-            max_model_len=self.engine.config.max_model_len,
+            num_tokens=num_tokens,
+            max_model_len=self.client.config.max_model_len,
             error=self.error,
+            pid=self.pid,
         )
 
-    # ---- the ledger -----------------------------------------------------------------------------------
+    # ---- requests -------------------------------------------------------------------------------------
 
-    def enter(self, num_tokens: int, number: int) -> None:
-        """Book a request in; `leave` books it out."""
+    def enter(self) -> int:
+        """A request goes there; `leave` books it out. Returns the engine's generation, see `Supervisor.lost`."""
         self.num_requests += 1
-        self.num_tokens += num_tokens
-        self.last_grant = number
+        self.last_used = self.clock.now()
+        self.breaker.enter()
+        return self.generation
 
-    def leave(self, num_tokens: int) -> None:
-        """Book a request out."""
+    def leave(self, is_ok: bool | None = None) -> None:
+        """A request is over: it went well, failed through the engine's fault, or (None) says nothing of the engine."""
         self.num_requests -= 1
-        self.num_tokens -= num_tokens
-        if self.num_requests == 0:
-            self._idle.set()
-
-    # ---- life -----------------------------------------------------------------------------------------
-
-    def start(self, on_end: Callable[[], None]) -> asyncio.Task[None]:
-        """Begin to start unless that has begun already; `on_end` is called when it has started or failed."""
-        if self._starting is None:
-            self.state, self.error = EngineState.STARTING, None
-            self._starting = asyncio.ensure_future(self._start())
-            self._starting.add_done_callback(lambda task: _end_of_start(task, on_end))
-        return self._starting
-
-    async def _start(self) -> None:
-        try:
-            await self.engine.start()
-        except Exception as error:
-            self.state, self.error = EngineState.ERROR, str(error)
-            raise
-        description = await self.engine.describe_model()
-        self.description = description.model_copy(update={"model": self.instance.model_name})
-        if self.state is EngineState.STARTING:
-            self.state = EngineState.DRAINING if self.is_held else EngineState.READY
-
-    def forget_failure(self) -> None:
-        """Let the next `start` try again."""
-        if self.state is EngineState.ERROR:
-            self._starting = None
-
-    def hold(self) -> None:
-        """Take no more requests until `resume`; a loaded model stays loaded."""
-        self.is_held = True
-        if self.state is EngineState.READY:
-            self.state = EngineState.DRAINING
-
-    def resume(self) -> None:
-        """Take requests again; what is not loaded loads with the next `start`."""
-        self.is_held = False
-        if self.state is EngineState.DRAINING:
-            self.state = EngineState.READY
-
-    async def drain(self) -> None:
-        """Wait until the requests in flight have ended, then stop; whoever calls this has set DRAINING."""
-        while self.num_requests:
-            self._idle.clear()
-            await self._idle.wait()
-        await self.stop()
-
-    async def stop(self) -> None:
-        """Stop; requests in flight end with `abort`. An engine that is just loading is stopped when it has loaded."""
-        if self._starting is not None:
-            await asyncio.wait({self._starting})
-            self._starting = None
-        await self.engine.stop()
-        if self._starting is None:  # else it was started again meanwhile
-            self.state = EngineState.STOPPED
-
-
-def _end_of_start(task: asyncio.Task[None], on_end: Callable[[], None]) -> None:
-    if not task.cancelled():
-        task.exception()  # read here, because nobody may be waiting for it
-    on_end()
+        self.last_used = self.clock.now()
+        if not self.is_loaded:
+            is_ok = None  # it is lost already, and that says all
+        if is_ok is not None:
+            self.breaker.record(is_ok)
+        if is_ok:
+            self.restarts.forget()
+        elif is_ok is False:
+            self.health.ask(self.last_used)
+        if self.on_left is not None:
+            self.on_left(self)

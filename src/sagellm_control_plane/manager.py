@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from sagellm_control_plane.admission import Admission, Ticket
-from sagellm_control_plane.config import ParallelismConfig, PDSeparationConfig
-from sagellm_control_plane.engines import Engine, ManagedEngine
-from sagellm_control_plane.policies import get_policy
-from sagellm_control_plane.router import get_router
+from sagellm_control_plane.admission import Admission
+from sagellm_control_plane.clients.base import EngineClient
+from sagellm_control_plane.clock import Clock, LoopClock
+from sagellm_control_plane.config import ControlPlaneConfig, ParallelismConfig, PDSeparationConfig
+from sagellm_control_plane.dispatch import Dispatcher
+from sagellm_control_plane.engines import ManagedEngine
+from sagellm_control_plane.events import EventHub, EventKind
+from sagellm_control_plane.explain import RequestTrace, TraceRing
+from sagellm_control_plane.pd import PhaseRouter
+from sagellm_control_plane.policies import PolicyContext, get_policy
+from sagellm_control_plane.pool import EnginePool
+from sagellm_control_plane.registry import EngineRegistry, MakeEngine
+from sagellm_control_plane.routing import get_router
+from sagellm_control_plane.runner import Runner
 from sagellm_control_plane.sampling import as_sampling_params
+from sagellm_control_plane.scaling import Scaling
+from sagellm_control_plane.store import EngineStore
 from sagellm_control_plane.types import (
     ControlPlaneMetrics,
     EngineInfo,
@@ -33,18 +42,17 @@ from sagellm_protocol import (
     Request,
     Response,
     StreamEvent,
-    StreamEventEnd,
     TokenizeRequest,
     UnavailableError,
 )
 
 if TYPE_CHECKING:
-    from sagellm_core.engine_core.engine_core import EngineStats
+    from sagellm_core.engine_core.report import EngineStats
 
 logger = logging.getLogger(__name__)
 
 
-def local_engine(config: LLMEngineConfig) -> Engine:
+def local_engine(config: LLMEngineConfig) -> EngineClient:
     """An engine in this process."""
     # Imported here because it brings torch.
     from sagellm_core.llm_engine import LLMEngine
@@ -53,7 +61,7 @@ def local_engine(config: LLMEngineConfig) -> Engine:
 
 
 class ControlPlaneManager:
-    """Starts engines in this process and spreads requests over them.
+    """Starts engines and spreads requests over them.
 
     >>> manager = ControlPlaneManager(engine_configs=[EngineConfig(kind="cpu", model="builtin")])
     >>> await manager.start()
@@ -61,7 +69,10 @@ class ControlPlaneManager:
     >>> await manager.stop()
 
     Belongs to one event loop. Engines that were not started start with the first request for their model. `make_engine`
-    makes those that are given as configurations or instances.
+    makes those that are given as configurations or instances: in this process (`local_engine`), or as a child process
+    (`ProcessEngineClient`). With `state`, a file, the next manager that is given it finds the engines that were added
+    and what was wanted of each, and takes over the child processes that still run. `config` holds everything that can
+    be set; the keywords before it stand for its fields of the same name and win over it.
     """
 
     def __init__(
@@ -69,156 +80,179 @@ class ControlPlaneManager:
         backend_config: BackendConfig | None = None,
         engine_configs: Sequence[EngineConfig] = (),
         *,
-        scheduling_policy: str = "fifo",
+        scheduling_policy: str | None = None,
         routing_policy: str | None = None,
         enable_pd_separation: bool = False,
         pd_config: PDSeparationConfig | None = None,
         parallelism_config: ParallelismConfig | None = None,
-        max_num_waiting: int = 4096,
-        make_engine: Callable[[LLMEngineConfig], Engine] = local_engine,
-        clock: Callable[[], float] = time.monotonic,
+        max_num_waiting: int | None = None,
+        config: ControlPlaneConfig | None = None,
+        make_engine: MakeEngine = local_engine,
+        state: Path | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        given = {
+            "scheduling_policy": scheduling_policy,
+            "routing_policy": routing_policy,
+            "max_num_waiting": max_num_waiting,
+            "pd": (pd_config or PDSeparationConfig()) if enable_pd_separation else None,
+        }
+        base = config or ControlPlaneConfig()
+        self.config = base.model_copy(update={name: value for name, value in given.items() if value is not None})
         self.backend_config = backend_config or BackendConfig()
         self.parallelism_config = parallelism_config or ParallelismConfig()
-        self.pd_config = (pd_config or PDSeparationConfig()) if enable_pd_separation else None
-        fallback = "adaptive" if self.pd_config is None else self.pd_config.routing_policy
-        self._make_engine = make_engine
-        self._clock = clock
-        self._engines: dict[str, ManagedEngine] = {}
-        self.allowed_models: dict[str, EngineConfig] = {}  # configurations that further engines may be made of
-        self._leaving: set[str] = set()  # engines that are being unregistered
-        self._admission = Admission(
-            self._engines,
-            get_policy(scheduling_policy),
-            get_router(routing_policy or fallback),
-            pd_config=self.pd_config,
-            max_num_waiting=max_num_waiting,
-            clock=clock,
-        )
+        self._clock = clock or LoopClock()
         self._totals = PerformanceTotals()
-        self._started_at = clock()
+        self._started_at = self._clock.now()
         self._is_stopped = False
-        for config in engine_configs:
-            self.allowed_models.setdefault(config.model, config)
-            self.register_config(config)
+        self._store = None if state is None else EngineStore(state)
+        self.events = EventHub(self._clock, self.config.num_events)
+        self._traces = TraceRing(self.config.num_traces)
+        self._build(make_engine)
+        for engine_config in engine_configs:
+            self.register_config(engine_config)
+
+    def _build(self, make_engine: MakeEngine) -> None:
+        config, pd = self.config, self.config.pd
+        self._pool = EnginePool(
+            config,
+            self._clock,
+            self.events,
+            store=self._store,
+            on_change=lambda: self._dispatcher.engines_changed(),
+            on_removed=lambda row: self._router.on_engine_removed(row),
+        )
+        context = PolicyContext(
+            self._pool.predictor, self._pool.fleet, config.policy_options, on_switch=self._policy_switched
+        )
+        policy = get_policy(config.scheduling_policy)(context)
+        name = config.routing_policy or (pd.routing_policy if pd is not None else "adaptive")
+        self._router = get_router(name)(self._pool.routing)
+        phases = PhaseRouter(pd, self._pool) if pd is not None and pd.enabled else None
+        self._dispatcher = Dispatcher(
+            self._pool, policy, self._router, phases, max_num_waiting=config.max_num_waiting, clock=self._clock
+        )
+        admission = Admission(self._pool, self._dispatcher, policy, self._router, self._traces, config, self._clock)
+        self._runner = Runner(
+            admission, self._dispatcher, phases, self._pool, self._totals, self.events, config, self._clock
+        )
+        self._registry = EngineRegistry(self._pool, make_engine, self.backend_config)
+        self._scaling = Scaling(
+            config.autoscaling,
+            self._pool,
+            lambda model, engine_id: self._registry.make(self.allowed_models[model], engine_id),
+            lambda model: self.num_waiting_by_model().get(model, 0),
+            self.events,
+            self._clock,
+        )
+
+    @property
+    def allowed_models(self) -> dict[str, EngineConfig]:
+        """Configurations that further engines may be made of, by model: the first of each."""
+        return self._registry.allowed
+
+    @property
+    def pd_config(self) -> PDSeparationConfig | None:
+        """How prefill and decode are separated; None: not at all."""
+        return self.config.pd
 
     # ---- engines --------------------------------------------------------------------------------------
 
-    def register_config(self, config: EngineConfig) -> str:
-        """Add an engine of this process by configuration; returns its id. It loads as `register_instance` says."""
-        name = config.engine_id or _free_name(self._engines)
-        self._check_new(name)
-        llm_config = config.to_llm_engine_config(self.backend_config).model_copy(update={"engine_id": name})
-        instance = ExecutionInstance(
-            instance_id=name, model_name=config.model, max_concurrent_requests=llm_config.max_batch_size
-        )
-        self._add(instance, self._make_engine(llm_config))
-        return name
+    def register_config(self, config: EngineConfig, **fields: Any) -> str:
+        """Add an engine by configuration; returns its id. It loads as `register_instance` says.
+
+        `fields` are further ones of its `ExecutionInstance`, such as `instance_type` or `price_per_hour`. Further
+        engines may be made of the first configuration of each model, see `allowed_models`.
+        """
+        return self._registry.add_config(config, **fields)
 
     def register_instance(self, instance: ExecutionInstance) -> None:
-        """Add an engine of this process by description; it loads when the manager starts or a request comes."""
-        if instance.tensor_parallel_size * instance.pipeline_parallel_size > 1:
-            logger.warning("%s runs on one device of this process, not on %d", instance.instance_id, instance.gpu_count)
-        config = EngineConfig(
-            model=instance.model_name,
-            engine_id=instance.instance_id,
-            options={"max_batch_size": instance.max_concurrent_requests},
-        )
-        self._check_new(instance.instance_id)
-        self._add(instance, self._make_engine(config.to_llm_engine_config(self.backend_config)))
+        """Add an engine by description; it loads when the manager starts or a request comes."""
+        self._registry.add_instance(instance)
 
-    def register_engine(self, engine: Engine, *, engine_id: str | None = None, model: str | None = None) -> str:
+    def register_engine(self, engine: EngineClient, *, engine_id: str | None = None, model: str | None = None) -> str:
         """Add an engine object; returns its id. `model` is the name it is asked by."""
-        name = engine_id or engine.engine_id
-        instance = ExecutionInstance(
-            instance_id=name,
-            model_name=model or engine.config.model_path,
-            max_concurrent_requests=engine.config.max_batch_size,
-        )
-        self._add(instance, engine)
-        return name
+        return self._registry.add_client(engine, engine_id, model)
 
     async def unregister_engine(self, engine_id: str) -> None:
         """Take no more requests for an engine, let those in flight end, then stop it."""
-        engine = self._engine(engine_id)
-        engine.state = EngineState.DRAINING
-        engine.is_held = True
-        self._leaving.add(engine_id)
-        self._admission.dispatch()  # requests that wait for this engine alone are refused now
-        try:
-            await engine.drain()
-            self._engines.pop(engine_id, None)
-        finally:
-            self._leaving.discard(engine_id)
+        await self._pool.supervisor.remove(engine_id)
 
-    def start_engine(self, engine_id: str) -> asyncio.Task[None]:
-        """Begin to load an engine, or let one that was drained take requests again; the task ends when it is ready.
+    def start_engine(self, engine_id: str) -> asyncio.Future[None]:
+        """Begin to load an engine, or let one that was drained take requests again; done when it is ready.
 
         Raises `UnavailableError` for an engine that is being unregistered.
         """
-        engine = self._staying(engine_id)
-        engine.resume()
-        engine.forget_failure()
-        self._admission.dispatch()
-        return engine.start(self._admission.dispatch)
+        return self._pool.supervisor.start(engine_id)
 
-    def drain_engine(self, engine_id: str) -> None:
-        """Take no more requests for an engine until `start_engine`; those in flight end, the model stays loaded."""
-        self._staying(engine_id).hold()
-        self._admission.dispatch()
+    def drain_engine(self, engine_id: str) -> asyncio.Future[None]:
+        """Take no more requests for an engine until `start_engine`; done when those in flight have ended.
+
+        The model stays loaded.
+        """
+        return self._pool.supervisor.hold(engine_id)
 
     async def stop_engine(self, engine_id: str) -> None:
         """End an engine's requests with `abort` and free its model; it stays out until `start_engine`."""
-        engine = self._staying(engine_id)
-        engine.hold()
-        self._admission.dispatch()
-        await engine.stop()
+        await self._pool.supervisor.stop(engine_id)
 
     async def reset_prefix_cache(self) -> dict[str, bool]:
         """Forget all cached prefixes of the loaded engines, by id; False where requests hold blocks."""
-        loaded = [engine for engine in self._engines.values() if engine.is_loaded]
-        done = await asyncio.gather(*(engine.engine.reset_prefix_cache() for engine in loaded))
-        return {engine.engine_id: is_done for engine, is_done in zip(loaded, done, strict=True)}
+        return await self._pool.reset_prefix_caches()
 
     def list_engines(self) -> list[EngineInfo]:
         """All engines at this moment."""
-        return [engine.info() for engine in self._engines.values()]
+        return [self._pool.info(engine) for engine in self._pool.engines]
 
     def get_engine(self, engine_id: str) -> EngineInfo:
         """One engine at this moment; `NotFoundError` for an unknown id."""
-        return self._engine(engine_id).info()
+        return self._pool.info(self._pool.get(engine_id))
 
     def model_of(self, engine_id: str) -> str:
         """The name of an engine's model; empty for an unknown id."""
-        engine = self._engines.get(engine_id)
-        return "" if engine is None else engine.instance.model_name
+        return self._pool.get(engine_id).instance.model_name if engine_id in self._pool else ""
 
     def get_engine_config(self, engine_id: str) -> LLMEngineConfig:
         """What one engine runs with; `NotFoundError` for an unknown id."""
-        return self._engine(engine_id).engine.config
+        return self._pool.get(engine_id).client.config
 
     def get_engine_details(self, engine_id: str) -> dict[str, Any]:
         """Model, device, memory and kernels, as `LLMEngine.get_info` has them; `NotFoundError` for an unknown id."""
-        return self._engine(engine_id).engine.get_info()
+        return self._pool.get(engine_id).client.get_info()
 
     async def start(self) -> None:
-        """Load all engines. Raises the first error where none could start; otherwise what failed is in its info."""
-        if not self._engines:
-            raise InvalidArgumentError("no engine is registered; give engine_configs or call register_instance first")
-        self._is_stopped = False
-        for engine in self._engines.values():
-            engine.resume()
-            engine.forget_failure()
-        starting = [engine.start(self._admission.dispatch) for engine in self._engines.values()]
-        await asyncio.wait(starting)
-        if all(task.exception() is not None for task in starting):
-            starting[0].result()
+        """Load all engines. Raises the first error where none could start; otherwise what failed is in its info.
 
-    async def stop(self) -> None:
-        """Stop all engines; their requests end with the finish reason `abort`, waiting ones are refused."""
+        With a `state` the first start goes on where the last manager ended: what was held or stopped stays so.
+        """
+        self._is_stopped = False
+        goes_on = self._store is not None and not self._registry.is_running
+        self._registry.is_running = True
+        if self._store is not None and goes_on:
+            await self._registry.restore(self._store)
+        if not self._pool.engines:
+            raise InvalidArgumentError("no engine is registered; give engine_configs or call register_instance first")
+        unknown = next((model for model in self.config.autoscaling if model not in self.allowed_models), None)
+        if unknown is not None:
+            known = ", ".join(self.allowed_models) or "none"
+            raise InvalidArgumentError(
+                f"autoscaling names {unknown!r}, which no engine_config has; configured: {known}", field="autoscaling"
+            )
+        errors = await self._pool.supervisor.start_all(except_held=goes_on)
+        first = next(iter(errors), None)
+        if first is not None and all(error is not None for error in errors):
+            raise first
+        self._scaling.start()
+
+    async def stop(self, *, leave_children: bool = False) -> None:
+        """Stop all engines; their requests end with the finish reason `abort`, waiting ones are refused.
+
+        `leave_children`: let child processes run on for the next manager with the same `state`.
+        """
         self._is_stopped = True
-        self._admission.refuse_all(UnavailableError("the control plane was stopped"))
-        await asyncio.gather(*(engine.stop() for engine in self._engines.values()))
+        self._scaling.stop()
+        self._dispatcher.refuse_all(UnavailableError("the control plane was stopped"))
+        await (self._pool.supervisor.leave_running() if leave_children else self._pool.supervisor.stop_all())
 
     async def __aenter__(self) -> ControlPlaneManager:
         await self.start()
@@ -234,15 +268,11 @@ class ControlPlaneManager:
     async def execute_request(self, request: Request | None = None, **fields: Any) -> Response:
         """Answer a protocol request, or one made of `fields` (prompt, max_tokens, sampling_params ...).
 
-        Raises `NotFoundError` for a model that no engine serves, `ResourceExhaustedError` where the queue is full,
-        `UnavailableError` where no engine runs, `DeadlineExceededError` where the deadline passed in the queue.
+        Raises `NotFoundError` for a model that no engine serves, `ResourceExhaustedError` where the queue is full or
+        the request's deadline out of reach (with `retry_after_s` in its context), `UnavailableError` where no engine
+        runs, `DeadlineExceededError` where the deadline passed in the queue.
         """
-        call = self._accept(request or Request(**fields))
-        async with self._admission.place(call) as ticket:
-            started_at = self._clock()
-            response = _mark_late(await ticket.engine.engine.execute(call), ticket)
-            self._totals.add(response, self._clock() - started_at)
-            return response
+        return await self._runner.execute(self._accept(request or Request(**fields)))
 
     async def process_request(self, prompt: str | list[int], sampling_params: Any = None, **fields: Any) -> Response:
         """As `execute_request`; takes vLLM's `SamplingParams` too, see `as_sampling_params`."""
@@ -258,19 +288,12 @@ class ControlPlaneManager:
         responses = await execute_all(self.execute_request, requests, at_once=EMBEDDINGS_AT_ONCE)
         return [response.embedding or [] for response in responses]
 
-    async def stream_request(self, request: Request | None = None, **fields: Any) -> AsyncGenerator[StreamEvent, None]:
-        """The answer as it is made: one start, deltas, exactly one end. Leaving the loop frees the request."""
-        call = self._accept(request or Request(**{"stream": True, **fields}))
-        async with self._admission.place(call) as ticket:
-            started_at = self._clock()
-            async with aclosing(ticket.engine.engine.stream(call)) as events:
-                async for event in events:
-                    if isinstance(event, StreamEventEnd):
-                        response = _mark_late(event.to_response(), ticket)
-                        self._totals.add(response, self._clock() - started_at)
-                        yield StreamEventEnd.of(response)
-                    else:
-                        yield event
+    def stream_request(self, request: Request | None = None, **fields: Any) -> AsyncGenerator[StreamEvent, None]:
+        """The answer as it is made: one start, deltas, exactly one end. Leaving the loop frees the request.
+
+        An engine that is lost in its midst is replaced by another one, which goes on behind the last token.
+        """
+        return self._runner.stream(self._accept(request or Request(**{"stream": True, **fields})))
 
     # ---- models ---------------------------------------------------------------------------------------
 
@@ -282,7 +305,7 @@ class ControlPlaneManager:
 
     async def tokenize(self, model: str, **fields: Any) -> list[int]:
         """The token ids of a text or a conversation; `fields` are those of `TokenizeRequest`."""
-        return await (await self._loaded(model)).engine.tokenize(TokenizeRequest(**fields))
+        return await (await self._loaded(model)).client.tokenize(TokenizeRequest(**fields))
 
     async def detokenize(self, model: str, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of `token_ids`; `InvalidArgumentError` for an id that the model does not have."""
@@ -293,33 +316,45 @@ class ControlPlaneManager:
                 f"{wrong} is no token id of {model!r}; its vocabulary ends at {vocab_size - 1}", field="tokens"
             )
         engine = await self._loaded(model)
-        return await engine.engine.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
+        return await engine.client.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
 
     async def token_texts(self, model: str, token_ids: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
-        return await (await self._loaded(model)).engine.token_texts(token_ids)
+        return await (await self._loaded(model)).client.token_texts(token_ids)
 
     # ---- information ----------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
         """Requests in the queue in front of the engines."""
-        return self._admission.num_waiting
+        return self._dispatcher.num_waiting
 
     def num_waiting_by_model(self) -> dict[str, int]:
         """The same, by the model that is asked for; without those that nobody waits for."""
-        return self._admission.num_waiting_by_model()
+        return self._dispatcher.num_waiting_by_model()
+
+    def explain(self, request_id: str) -> RequestTrace:
+        """Why a request went where it went, and when; `NotFoundError` for one that was never seen or is forgotten."""
+        trace = self._traces.get(request_id)
+        if trace is None:
+            raise NotFoundError(
+                f"nothing is known of the request {request_id!r}; the last {self.config.num_traces} are kept "
+                "(control_plane.num_traces)",
+                request_id=request_id,
+            )
+        return trace
+
+    def recent_requests(self, limit: int = 100) -> list[RequestTrace]:
+        """The last requests that came, newest first."""
+        return self._traces.recent(limit)
 
     async def health_check(self) -> bool:
         """Whether at least one engine takes requests and answers."""
-        ready = [engine.engine for engine in self._engines.values() if engine.state is EngineState.READY]
-        return any(await asyncio.gather(*(engine.health_check() for engine in ready)))
+        return await self._pool.health_check()
 
     async def engine_stats(self) -> dict[str, EngineStats]:
         """The counters of each engine that is loaded and answers, by id."""
-        loaded = [engine for engine in self._engines.values() if engine.is_loaded]
-        stats = await asyncio.gather(*(_stats_of(engine) for engine in loaded))
-        return {engine.engine_id: stat for engine, stat in zip(loaded, stats, strict=True) if stat is not None}
+        return await self._pool.stats()
 
     def get_status(self) -> dict[str, Any]:
         """Engines and queue at this moment, as plain JSON values."""
@@ -332,82 +367,32 @@ class ControlPlaneManager:
             }
             for info in self.list_engines()
         }
-        return {"engines": engines, "num_waiting": self._admission.num_waiting}
+        return {"engines": engines, "num_waiting": self._dispatcher.num_waiting}
 
     def get_metrics(self) -> ControlPlaneMetrics:
         """Figures since the start; zeros before the first request."""
-        totals, elapsed = self._totals, max(self._clock() - self._started_at, 1e-9)
-        count = max(totals.num_requests, 1)
-        ready = [engine for engine in self._engines.values() if engine.state is EngineState.READY]
-        num_places = sum(engine.instance.max_concurrent_requests for engine in ready)
-        return ControlPlaneMetrics(
-            throughput=totals.num_output_tokens / elapsed,
-            requests_per_second=totals.num_requests / elapsed,
-            avg_latency=totals.latency_s / count,
-            avg_ttft_ms=totals.ttft_ms / count,
-            gpu_utilization=sum(engine.num_requests for engine in ready) / num_places if num_places else 0.0,
-            cache_hit_rate=totals.num_cached_tokens / max(totals.num_prompt_tokens, 1),
-            error_rate=totals.num_failed / count,
-            num_requests=totals.num_requests,
-            num_waiting=self._admission.num_waiting,
+        ready = [engine for engine in self._pool.engines if engine.state is EngineState.READY]
+        return self._totals.metrics(
+            self._clock.now() - self._started_at,
+            num_running=sum(engine.num_requests for engine in ready),
+            num_places=sum(engine.instance.max_concurrent_requests for engine in ready),
+            num_waiting=self._dispatcher.num_waiting,
         )
 
     # ---- steps of the above ---------------------------------------------------------------------------
 
     async def _loaded(self, model: str) -> ManagedEngine:
         """An engine that has the model in memory; one is started where there is none."""
+        self._check_running()
+        return await self._pool.loaded(model)
+
+    def _check_running(self) -> None:
         if self._is_stopped:
             raise UnavailableError("the control plane was stopped; call start() first")
-        serving = self._admission.serving(model)
-        for engine in serving:
-            if engine.is_loaded:
-                return engine
-        await asyncio.shield(serving[0].start(self._admission.dispatch))
-        return serving[0]
-
-    def _check_new(self, engine_id: str) -> None:
-        if engine_id in self._engines:
-            raise InvalidArgumentError(
-                f"an engine {engine_id!r} is registered already; choose another id", field="engine_id"
-            )
-
-    def _add(self, instance: ExecutionInstance, engine: Engine) -> None:
-        self._check_new(instance.instance_id)
-        self._engines[instance.instance_id] = ManagedEngine(instance, engine)
-
-    def _engine(self, engine_id: str) -> ManagedEngine:
-        if engine_id not in self._engines:
-            known = ", ".join(self._engines) or "none"
-            raise NotFoundError(f"no engine {engine_id!r}; registered: {known}", engine_id=engine_id)
-        return self._engines[engine_id]
-
-    def _staying(self, engine_id: str) -> ManagedEngine:
-        """An engine that is not on its way out."""
-        engine = self._engine(engine_id)
-        if engine_id in self._leaving:
-            raise UnavailableError(f"{engine_id} is being taken away; register a new engine", engine_id=engine_id)
-        return engine
 
     def _accept(self, request: Request) -> Request:
-        if self._is_stopped:
-            raise UnavailableError("the control plane was stopped; call start() first")
+        self._check_running()
         return request
 
-
-async def _stats_of(engine: ManagedEngine) -> EngineStats | None:
-    """None for an engine that stops in this moment."""
-    try:
-        return await engine.engine.stats()
-    except UnavailableError:
-        return None
-
-
-def _free_name(taken: Mapping[str, object]) -> str:
-    return next(name for number in itertools.count() if (name := f"engine-{number}") not in taken)
-
-
-def _mark_late(response: Response, ticket: Ticket) -> Response:
-    """A response that was aborted because of its deadline says so."""
-    if not ticket.is_late or response.error is not None:
-        return response
-    return response.model_copy(update={"error": ticket.deadline_error().to_error()})
+    def _policy_switched(self, old: str, new: str, reason: str) -> None:
+        self.events.publish(EventKind.POLICY, f"scheduling by {new} instead of {old}: {reason}", old=old, new=new)

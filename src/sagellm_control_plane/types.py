@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from pydantic import Field
 
-from sagellm_protocol import Request, RequestPriority, Response
+from sagellm_protocol import Request, RequestPriority, Response, StreamEventEnd
 from sagellm_protocol.model import EdgeModel, ProtocolEnum
 
 __all__ = [
@@ -75,6 +75,11 @@ class ExecutionInstance(EdgeModel):
     pipeline_parallel_size: int = Field(default=1, ge=1)
     gpu_count: int = Field(default=1, ge=0)
     max_concurrent_requests: int = Field(default=32, ge=1)
+    price_per_hour: float = Field(default=0.0, ge=0, description="in any one currency, for `cost_optimized`")
+    location: str = Field(default="", description="zone/rack/host, outermost first, for routing `topology`")
+    memory_bytes: int | None = Field(
+        default=None, ge=1, description="that its model takes; None: by files, then measured"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +91,10 @@ class EngineInfo:
     instance_type: ExecutionInstanceType
     state: EngineState
     num_requests: int  # in flight
-    num_tokens: int  # prompt and expected output tokens of those
     max_model_len: int
+    num_tokens: int = 0  # prompt and expected output tokens of those in flight
     error: str | None = None
+    pid: int | None = None  # of its process, where that is one of its own
 
 
 @dataclass(slots=True)
@@ -103,7 +109,7 @@ class PerformanceTotals:
     latency_s: float = 0.0
     ttft_ms: float = 0.0
 
-    def add(self, response: Response, latency_s: float) -> None:
+    def add(self, response: Response | StreamEventEnd, latency_s: float) -> None:
         """Count one finished request."""
         self.num_requests += 1
         self.num_failed += response.error is not None
@@ -112,6 +118,21 @@ class PerformanceTotals:
         self.num_cached_tokens += response.usage.cached_tokens
         self.latency_s += latency_s
         self.ttft_ms += response.metrics.ttft_ms
+
+    def metrics(self, elapsed_s: float, *, num_running: int, num_places: int, num_waiting: int) -> ControlPlaneMetrics:
+        """The figures of `elapsed_s` seconds."""
+        elapsed_s, count = max(elapsed_s, 1e-9), max(self.num_requests, 1)
+        return ControlPlaneMetrics(
+            throughput=self.num_output_tokens / elapsed_s,
+            requests_per_second=self.num_requests / elapsed_s,
+            avg_latency=self.latency_s / count,
+            avg_ttft_ms=self.ttft_ms / count,
+            gpu_utilization=num_running / num_places if num_places else 0.0,
+            cache_hit_rate=self.num_cached_tokens / max(self.num_prompt_tokens, 1),
+            error_rate=self.num_failed / count,
+            num_requests=self.num_requests,
+            num_waiting=num_waiting,
+        )
 
 
 @dataclass(frozen=True, slots=True)

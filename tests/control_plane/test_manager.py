@@ -17,6 +17,7 @@ from sagellm_control_plane import (
     ExecutionInstanceType,
     PDSeparationConfig,
 )
+from sagellm_control_plane.clock import LoopClock
 from sagellm_protocol import (
     SLO,
     DeadlineExceededError,
@@ -40,6 +41,15 @@ def make_manager(*engines: FakeEngine, **options: Any) -> ControlPlaneManager:
     for number, engine in enumerate(engines):
         manager.register_engine(engine, engine_id=f"e{number}", model="m")
     return manager
+
+
+class ShiftedClock(LoopClock):
+    """Stands still where it is put; timers run on the loop's time."""
+
+    seconds = 0.0
+
+    def now(self) -> float:
+        return self.seconds
 
 
 def assert_idle(manager: ControlPlaneManager) -> None:
@@ -373,13 +383,13 @@ async def test_requests_spread_over_engines_and_by_prompt_length() -> None:
 
 
 async def test_figures_are_measured_and_zero_before_the_first_request() -> None:
-    now = [0.0]
-    manager = make_manager(FakeEngine(), clock=lambda: now[0])
+    clock = ShiftedClock()
+    manager = make_manager(FakeEngine(), clock=clock)
     assert manager.get_metrics().throughput == manager.get_metrics().avg_latency == 0.0
     async with manager:
         await manager.execute_request(prompt="a b c d", max_tokens=10)
         await manager.execute_request(prompt="fail")
-        now[0] = 5.0
+        clock.seconds = 5.0
         figures = manager.get_metrics()
         assert figures.num_requests == 2
         assert figures.throughput == 2.0

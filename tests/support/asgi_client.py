@@ -36,6 +36,17 @@ def events_in(text: str) -> list[Any]:
     return [json.loads(message) if message.startswith("{") else message for message in messages]
 
 
+def named_events_in(text: str) -> list[dict[str, Any]]:
+    """The events of a stream whose events have names: those of their types."""
+    events = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        events.append(event)
+    return events
+
+
 class LeavingClient:
     """A client that sends a body and goes away when `leave` is called."""
 

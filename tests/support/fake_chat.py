@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 from sagellm_gateway.context import Caller
 from sagellm_gateway.pieces import (
@@ -30,6 +31,11 @@ class FakeChat:
         self.calls: list[ChatCompletionRequest] = []
         self.callers: list[Caller] = []
         self.num_closed = 0
+
+    @property
+    def sent(self) -> list[dict[str, Any]]:
+        """The messages of the last call, as a template gets them."""
+        return [message.to_template() for message in self.calls[-1].messages]
 
     async def answer(self, call: ChatCompletionRequest, caller: Caller) -> Answer:
         return collect([piece async for piece in self.stream(call, caller)])

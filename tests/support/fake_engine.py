@@ -2,18 +2,21 @@
 
 It answers with the words `w0 w1 ...`, one token each, at once. The prompt says when it should do something else:
 `wait` holds the request until `gate` is set, `slow` takes 50 ms a word, `fail` ends it with an error, `refuse` raises
-as for a wrong request.
+as for a wrong request. A resumed request goes on behind the words that were received.
+
+While `awake` is not set it hangs: no word, no report.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from sagellm_core.config import LLMEngineConfig
-from sagellm_core.engine_core.engine_core import EngineStats
+from sagellm_core.engine_core.report import CacheDigest, EngineReport, EngineStats
+from sagellm_kv_cache import AllBlocksCleared, EventBatch
 from sagellm_protocol import (
     CompletionOutput,
     FinishReason,
@@ -45,6 +48,8 @@ class FakeEngine:
         self.gate = asyncio.Event()
         self.start_gate = asyncio.Event()
         self.start_gate.set()
+        self.awake = asyncio.Event()
+        self.awake.set()
         self.fail_start = fail_start
         self.num_starts = 0
         self.num_prompt_tokens = 0
@@ -53,7 +58,11 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.running: set[str] = set()
         self.cancelled: list[str] = []
+        self.num_reports = 0
+        self.is_draining = False
         self._aborted: dict[str, asyncio.Event] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def start(self) -> None:
         await self.start_gate.wait()
@@ -97,8 +106,11 @@ class FakeEngine:
             raise InvalidArgumentError("prompt is refused; say something else", field="prompt")
         if not self.is_running:
             raise UnavailableError("the engine is not running; call start() first")
+        if self.is_draining:
+            raise UnavailableError("the engine is draining")
         self.requests.append(request)
         self.running.add(request.request_id)
+        self._idle.clear()
         aborted = self._aborted[request.request_id] = asyncio.Event()
         names = {"request_id": request.request_id, "trace_id": request.trace_id, "engine_id": self.engine_id}
         done = False
@@ -110,7 +122,10 @@ class FakeEngine:
             sampling = request.resolved_sampling()
             words = [] if prompt == "fail" or aborted.is_set() else [f"w{i} " for i in range(sampling.max_tokens)]
             for i, word in enumerate(words):
+                await self.awake.wait()
                 for index in range(sampling.n):
+                    if i < _num_received(request, index):
+                        continue
                     self.num_output_tokens += 1
                     logprobs = None if sampling.logprobs is None else [_logprob(i, word)]
                     yield StreamEventDelta(chunk=word, chunk_tokens=[i], index=index, logprobs=logprobs, **names)
@@ -119,6 +134,8 @@ class FakeEngine:
             yield StreamEventEnd.of(self._response(request, words, prompt, aborted.is_set(), names))
         finally:
             self.running.discard(request.request_id)
+            if not self.running:
+                self._idle.set()
             self._aborted.pop(request.request_id, None)
             if not done:
                 self.cancelled.append(request.request_id)
@@ -136,7 +153,9 @@ class FakeEngine:
                 text="".join(words),
                 token_ids=list(range(len(words))),
                 finish_reason=reason,
-                logprobs=None if sampling.logprobs is None else [_logprob(i, word) for i, word in enumerate(words)],
+                logprobs=None
+                if sampling.logprobs is None
+                else [_logprob(i, word) for i, word in enumerate(words) if i >= _num_received(request, index)],
             )
             for index in range(sampling.n)
         ]
@@ -158,6 +177,9 @@ class FakeEngine:
         return self.is_running
 
     async def stats(self) -> EngineStats:
+        return self._stats()
+
+    def _stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self.running),
             num_waiting=0,
@@ -173,6 +195,39 @@ class FakeEngine:
             num_output_tokens=self.num_output_tokens,
             block_size=16,
         )
+
+    def watch(self, callback: Callable[[EngineReport], None], *, interval_s: float = 0.25) -> Callable[[], None]:
+        loop, epoch = asyncio.get_running_loop(), f"epoch-{self.num_starts}"
+        is_ended = False
+
+        def tell() -> None:
+            if is_ended or not self.is_running:
+                return
+            if self.awake.is_set():
+                callback(self._report(epoch))
+            loop.call_later(interval_s, tell)
+
+        def end() -> None:
+            nonlocal is_ended
+            is_ended = True
+
+        loop.call_soon(tell)
+        return end
+
+    def _report(self, epoch: str) -> EngineReport:
+        self.num_reports += 1
+        cache = EventBatch(0, (AllBlocksCleared(),))
+        return EngineReport(epoch, self.num_reports - 1, self._stats(), (), cache, CacheDigest())
+
+    async def cache_snapshot(self) -> EventBatch:
+        return EventBatch(0, (AllBlocksCleared(),))
+
+    async def drain(self) -> None:
+        self.is_draining = True
+        await self._idle.wait()
+
+    def resume(self) -> None:
+        self.is_draining = False
 
     async def reset_prefix_cache(self) -> bool:
         return not self.running
@@ -200,6 +255,11 @@ def _text(request: Request) -> str:
     if request.messages is not None:
         return str(request.messages[-1].content)
     return request.prompt if isinstance(request.prompt, str) else " ".join(map(str, request.prompt or ()))
+
+
+def _num_received(request: Request, index: int) -> int:
+    received = () if request.resume_from is None else request.resume_from.output_token_ids
+    return len(received[index]) if received else 0
 
 
 def _logprob(token_id: int, text: str) -> TokenLogprob:

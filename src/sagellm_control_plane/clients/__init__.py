@@ -1,0 +1,1 @@
+"""Engines as the control plane reaches them: in this process, in a child process, over HTTP, on other machines."""

@@ -1,0 +1,263 @@
+"""Dispatch: waiting requests get places on engines, by policy and router, and give them back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+
+import numpy as np
+
+from sagellm_control_plane.clock import Clock
+from sagellm_control_plane.engines import ManagedEngine
+from sagellm_control_plane.explain import Candidates, StayTrace
+from sagellm_control_plane.failover import is_engine_ok
+from sagellm_control_plane.hand_over import HandOver
+from sagellm_control_plane.pd import PhaseRouter, new_booking, prompt_token_ids
+from sagellm_control_plane.policies import Destination, SchedulingPolicy, WaitingRequest
+from sagellm_control_plane.pool import EnginePool
+from sagellm_control_plane.pull import Pull
+from sagellm_control_plane.queue import WaitQueue
+from sagellm_control_plane.routing import Choice, RoutingPolicy
+from sagellm_control_plane.routing.base import Rows
+from sagellm_control_plane.ticket import Stay, Ticket
+from sagellm_protocol import SageLLMError
+
+_ALONE = "the only one"
+
+
+class Dispatcher:
+    """The queue in front of the engines, and the places on them. Belongs to one event loop.
+
+    A request that lost its engine had a place already: it goes before all that wait, and is never refused for want of
+    room. While it may be what killed that engine, no other such request goes where it goes.
+    """
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        policy: SchedulingPolicy,
+        router: RoutingPolicy,
+        phases: PhaseRouter | None,
+        *,
+        max_num_waiting: int,
+        clock: Clock,
+    ) -> None:
+        self._pool = pool
+        self._policy = policy
+        self._router = router
+        self._phases = phases
+        self._clock = clock
+        self.queue = WaitQueue(policy, max_num_waiting)
+        self._tickets: dict[WaitingRequest, Ticket] = {}  # those in the queue
+        self._moved: deque[Ticket] = deque()  # those that lost their engine and have no other yet
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_dispatching = False
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a place."""
+        return len(self._tickets) + len(self._moved)
+
+    def num_waiting_by_model(self) -> dict[str, int]:
+        """The same, by the model that is asked for."""
+        waiting = Counter(ticket.request.model for ticket in self._moved)
+        for (model, _), number in self.queue.num_by_destination.items():
+            waiting[model] += number
+        return waiting
+
+    # ---- the way of a request -------------------------------------------------------------------------
+
+    def join(self, ticket: Ticket, now: float) -> None:
+        """A request comes; it may have a stay at once. `ResourceExhaustedError` where the queue has no room for it."""
+        if not self._tickets and not self._moved and len(rows := self._pool.free_rows(ticket.destination)):
+            self._policy.on_arrival(ticket.waiting, now)  # nobody else waits: there is no order to find
+            self._policy.on_left(ticket.waiting, now)
+            self._grant(ticket, rows, now)
+            return
+        self.queue.push(ticket.waiting, now)
+        self._tickets[ticket.waiting] = ticket
+        self.dispatch()
+
+    async def granted(self, ticket: Ticket) -> Stay:
+        """The stay that a request gets; raises what it was refused with."""
+        if ticket.stay is None and ticket.refusal is None:
+            ticket.granted = self._running_loop().create_future()
+            await ticket.granted
+        if ticket.refusal is not None:
+            raise ticket.refusal
+        assert ticket.stay is not None, "the wait ends with a stay or a refusal"
+        if ticket.is_late:
+            raise ticket.deadline_error()
+        return ticket.stay
+
+    def first_token(self, ticket: Ticket) -> None:
+        """Its engine has made its first token there."""
+        stay, now = ticket.stay, self._clock.now()
+        assert stay is not None, "only who has an engine gets tokens"
+        stay.trace.first_token_at = now
+        if ticket.trace.first_token_at is None:
+            ticket.trace.first_token_at = now
+        ticket.num_unserved_tokens = 0
+        self._pool.fleet.first_token(stay.booking)
+        ticket.is_suspect, ticket.num_losses = False, 0
+        if stay.is_trial:
+            stay.is_trial = False
+            self.dispatch()  # the next suspect may come
+
+    def tokens(self, ticket: Ticket, num_tokens: int) -> None:
+        """Its engine has made so many tokens more."""
+        assert ticket.stay is not None, "only who has an engine gets tokens"
+        self._pool.fleet.advance(ticket.stay.booking, num_tokens)
+        self._policy.on_tokens(ticket.waiting, num_tokens, self._clock.now())
+
+    def leave(self, ticket: Ticket, error: SageLLMError | None = None, *, is_answered: bool = False) -> None:
+        """Its stay is over: answered, by its caller's will, or with `error`. The ledger is exact on every way out."""
+        stay = ticket.stay
+        if stay is None:
+            return
+        ticket.stay = None
+        stay.trace.ended_at = self._clock.now()
+        stay.trace.left_because = None if error is None else error.message
+        if stay.hand_over is not None:  # given up in its midst
+            self._pool.leave(stay.hand_over.source, is_ok=None)
+        row = stay.engine.row
+        self._pool.leave(stay, is_ok=is_engine_ok(error) if error is not None else is_answered or None)
+        if row is not None:
+            self._router.on_ended(ticket.routed, row)
+        self.dispatch()
+
+    def readmit(self, ticket: Ticket, *, avoid: ManagedEngine | None) -> None:
+        """Let a request that has lost its engine go on, before all that wait; not on the engine that turned it away."""
+        ticket.granted, ticket.avoided = None, avoid
+        self._moved.append(ticket)
+        self._refuse_or_keep(ticket)
+        self.dispatch()
+
+    def forget(self, ticket: Ticket) -> None:
+        """It waits no more."""
+        if self._tickets.pop(ticket.waiting, None) is not None:
+            self.queue.remove(ticket.waiting, self._clock.now())
+        elif ticket in self._moved:
+            self._moved.remove(ticket)
+
+    def refuse(self, ticket: Ticket, error: SageLLMError) -> None:
+        """It waits no more, and is told why."""
+        self.forget(ticket)
+        ticket.refusal = error
+        _wake(ticket)
+
+    def refuse_all(self, error: SageLLMError) -> None:
+        """Let every waiting request fail with `error`."""
+        for ticket in [*self._moved, *self._tickets.values()]:
+            self.refuse(ticket, error)
+
+    def engines_changed(self) -> None:
+        """Engines have come, gone or changed their state: who waits for none that could come is refused."""
+        for ticket in list(self._moved):
+            self._refuse_or_keep(ticket)
+        for destination in self.queue.num_by_destination:
+            error = self._pool.hopeless(destination)
+            if error is not None:
+                for waiting in self.queue:
+                    if waiting.destination == destination:
+                        self.refuse(self._tickets[waiting], error)
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Grant places until none fits; a model without a place blocks no other."""
+        if self._is_dispatching or not (self._tickets or self._moved):
+            return
+        self._is_dispatching = True
+        try:
+            now = self._clock.now()
+            for ticket in list(self._moved):
+                self._try_moved(ticket, now)
+            while (waiting := self.queue.pop(now, self._is_open)) is not None:
+                ticket = self._tickets.pop(waiting)
+                self._grant(ticket, self._pool.free_rows(waiting.destination), now)
+        finally:
+            self._is_dispatching = False
+
+    # ---- steps of the above ---------------------------------------------------------------------------
+
+    def _is_open(self, destination: Destination) -> bool:
+        return len(self._pool.free_rows(destination)) > 0
+
+    def _refuse_or_keep(self, ticket: Ticket) -> None:
+        error = self._pool.hopeless(ticket.destination, avoided=ticket.avoided)
+        if error is not None:
+            self.refuse(ticket, error)
+
+    def _try_moved(self, ticket: Ticket, now: float) -> None:
+        rows = self._pool.free_rows(ticket.destination)
+        if ticket.avoided is not None:
+            rows = rows[rows != ticket.avoided.row]
+        if ticket.is_suspect:
+            rows = np.array([row for row in rows if not self._pool.has_trial(row)], np.intp)
+        if len(rows):
+            self._moved.remove(ticket)
+            ticket.avoided = None
+            self._grant(ticket, rows, now)
+
+    def _grant(self, ticket: Ticket, rows: Rows, now: float) -> None:
+        if ticket.granted is not None and ticket.granted.cancelled():  # and its task has not run yet
+            return
+        rows = self._policy.narrow(ticket.waiting, rows, self._pool.fleet, now)
+        if self._phases is not None:
+            rows = self._phases.narrow(ticket, rows)
+        choice = self._choose(ticket, rows, now)
+        source = self._source(ticket, choice)
+        self._router.on_granted(ticket.routed, choice.row)
+        if not ticket.num_grants:
+            ticket.num_unserved_tokens = max(0, ticket.routed.num_prompt_tokens - choice.num_cached_tokens)
+            self._policy.on_granted(ticket.waiting, choice.num_cached_tokens, now)
+        ticket.num_grants += 1
+        ticket.stay = self._new_stay(ticket, choice, rows, now)
+        if source is not None:
+            self._begin_hand_over(ticket, ticket.stay, source, now)
+        self._pool.enter(ticket.stay)
+        _wake(ticket)
+
+    def _choose(self, ticket: Ticket, rows: Rows, now: float) -> Choice:
+        if len(rows) == 1 and not ticket.routed.block_hashes:
+            return Choice(int(rows[0]), rule=_ALONE)
+        return self._router.choose(ticket.routed_now(), rows, self._pool.fleet, now)
+
+    def _new_stay(self, ticket: Ticket, choice: Choice, rows: Rows, now: float) -> Stay:
+        engine = self._pool.at(choice.row)
+        trace = StayTrace(engine.engine_id, now, choice, Candidates(choice, rows, self._pool.names))
+        ticket.trace.stays.append(trace)
+        num_expected_tokens = ticket.waiting.num_prompt_tokens + ticket.waiting.num_output_tokens
+        booking, pull = new_booking(ticket, choice.num_cached_tokens), Pull(self._running_loop())
+        return Stay(engine, booking, engine.generation, num_expected_tokens, trace, pull, is_trial=ticket.is_suspect)
+
+    def _source(self, ticket: Ticket, choice: Choice) -> tuple[int, int] | None:
+        """Who computes the prompt for the engine that was chosen; None: that one itself."""
+        if self._phases is None or ticket.num_grants:
+            return None
+        return self._phases.source(ticket, choice.row, choice.num_cached_tokens)
+
+    def _begin_hand_over(self, ticket: Ticket, stay: Stay, source: tuple[int, int], now: float) -> None:
+        row, num_cached_tokens = source
+        engine, choice = self._pool.at(row), Choice(row, num_cached_tokens, rule="prefill")
+        trace = StayTrace(engine.engine_id, now, choice, Candidates(choice, np.array([row]), self._pool.names))
+        booking, pull = new_booking(ticket, num_cached_tokens), Pull(self._running_loop())
+        prefill = Stay(engine, booking, engine.generation, ticket.routed.num_prompt_tokens, trace, pull)
+        self._pool.enter(prefill)
+        token_ids = prompt_token_ids(ticket.request)
+        assert token_ids is not None, "only prompts with known tokens are handed over"
+        num_tokens = len(token_ids) // ticket.routed.block_size * ticket.routed.block_size
+        stay.hand_over = HandOver(prefill, token_ids, num_tokens)
+        stay.booking = new_booking(ticket, num_tokens)
+        stay.trace.prefilled_by = engine.engine_id
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        """Kept, because asking for it costs a system call."""
+        if self._loop is None or self._loop.is_closed():
+            self._loop = asyncio.get_running_loop()
+        return self._loop
+
+
+def _wake(ticket: Ticket) -> None:
+    if ticket.granted is not None and not ticket.granted.done():
+        ticket.granted.set_result(None)

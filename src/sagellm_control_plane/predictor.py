@@ -1,0 +1,210 @@
+"""What the control plane expects: when a first token comes, how fast the next ones, how long an answer gets.
+
+Step times are learned for each engine (`step_time`), lengths of answers for each tenant and model, and how fast places
+become free for each model. All of it belongs to one event loop, and is bounded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from math import log2
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sagellm_control_plane.fleet import Fleet, prefill_attention
+from sagellm_control_plane.step_time import DEFAULT_PRIOR, StepCoefficients, StepTimeModel
+
+if TYPE_CHECKING:
+    from sagellm_core.engine_core.report import StepSample
+
+_MAX_LENGTHS = 4096  # pairs of tenant and model
+_BINS_PER_OCTAVE = 4
+_NUM_BINS = 21 * _BINS_PER_OCTAVE  # up to 2 million tokens
+_FADE = 0.99  # what each answer leaves of the weight of those before it: the last hundred count
+_ENOUGH = 20.0  # answers of a tenant, from which on those of others with the same model no longer count
+_REFRESH = 8  # answers after which quantiles are computed anew
+_MOST = 1e9  # of the newest answer's weight, before all weights are scaled down
+_SERVICE_SHARE = 0.05  # of the newest answer in the mean time of service
+
+
+class OutputLengths:
+    """How many tokens answers have, as a histogram that forgets; bins are a quarter of an octave."""
+
+    def __init__(self) -> None:
+        self._counts = [0.0] * _NUM_BINS
+        self._newest = 1.0  # what the newest answer weighs: to let it grow is to let all others fade
+        self._quantiles: dict[tuple[float, int], float | None] = {}  # asked for since the last change that counts
+        self._num_added = 0
+
+    @property
+    def weight(self) -> float:
+        """Answers that count; at most a hundred."""
+        return sum(self._counts) / self._newest
+
+    def add(self, num_tokens: int) -> None:
+        """Learn from an answer."""
+        self._newest /= _FADE
+        self._counts[min(_bin(num_tokens), _NUM_BINS - 1)] += self._newest
+        self._num_added += 1
+        if self._newest > _MOST:
+            self._counts = [count / self._newest for count in self._counts]
+            self._newest = 1.0
+        # One answer among a hundred changes no quantile that matters.
+        if self._num_added <= _ENOUGH or self._num_added % _REFRESH == 0:
+            self._quantiles.clear()
+
+    def quantile(self, share: float, *, beyond: int = 0) -> float | None:
+        """What `share` of the answers don't exceed, of those longer than `beyond`; None if there are none."""
+        first = _bin(beyond)
+        if (share, first) not in self._quantiles:
+            self._quantiles[share, first] = self._compute_quantile(share, first)
+        return self._quantiles[share, first]
+
+    def _compute_quantile(self, share: float, first: int) -> float | None:
+        total = sum(self._counts[first:])
+        if total <= 1e-9 * self._newest:
+            return None
+        reached = 0.0
+        for number in range(first, _NUM_BINS):
+            reached += self._counts[number]
+            if reached >= share * total:
+                break
+        return float(2 ** ((number + 0.5) / _BINS_PER_OCTAVE) - 1)
+
+
+def _bin(num_tokens: int) -> int:
+    return int(_BINS_PER_OCTAVE * log2(1 + num_tokens))
+
+
+class Predictor:
+    """Expectations over the engines of a fleet. Times are seconds; `rows` are rows of the fleet."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._steps: dict[int, StepTimeModel] = {}
+        self._lengths: OrderedDict[tuple[str, str], OutputLengths] = OrderedDict()
+        self._service_s: OrderedDict[str, float] = OrderedDict()
+
+    # ---- learning -------------------------------------------------------------------------------------
+
+    def add_engine(self, row: int, prior: StepCoefficients = DEFAULT_PRIOR) -> None:
+        """Begin with an engine anew; `prior` is what it is taken for until it has made some steps."""
+        self._steps[row] = StepTimeModel(prior)
+        self._fleet.set_coefficients(row, prior)
+
+    def remove_engine(self, row: int) -> None:
+        """Forget an engine."""
+        self._steps.pop(row, None)
+
+    def observe_steps(self, row: int, steps: Iterable[StepSample]) -> None:
+        """Learn from an engine's steps; the fleet is told what they cost."""
+        model = self._steps.get(row)
+        if model is None:
+            return  # its engine was removed while the report was on its way
+        for step in steps:
+            model.observe(step)
+        self._fleet.set_coefficients(row, model.coefficients)
+
+    def observe_answer(self, tenant: str, model: str, num_tokens: int, service_s: float) -> None:
+        """Learn from a whole answer: tokens of one choice, and the time that it held its place."""
+        for key in ((tenant, model), ("", model)) if tenant else (("", model),):
+            self._lengths.setdefault(key, OutputLengths()).add(num_tokens)
+            self._lengths.move_to_end(key)
+        while len(self._lengths) > _MAX_LENGTHS:
+            self._lengths.popitem(last=False)
+        known = self._service_s.get(model, service_s)
+        self._service_s[model] = known + _SERVICE_SHARE * (service_s - known)
+        self._service_s.move_to_end(model)
+        if len(self._service_s) > _MAX_LENGTHS:
+            self._service_s.popitem(last=False)
+
+    # ---- lengths --------------------------------------------------------------------------------------
+
+    def output_tokens(self, tenant: str, model: str, limit: int, *, quantile: float = 0.5, num_so_far: int = 0) -> int:
+        """Tokens that an answer will have, at most `limit`, which is taken where nothing is known.
+
+        Of an answer that has `num_so_far` already, only like ones count.
+        """
+        if num_so_far >= limit:
+            return limit
+        for key in ((tenant, model), ("", model)):
+            lengths = self._lengths.get(key)
+            if lengths is None or (key[0] and lengths.weight < _ENOUGH):
+                continue
+            expected = lengths.quantile(quantile, beyond=num_so_far)
+            if expected is not None:
+                return max(min(limit, round(expected)), num_so_far + 1)
+        return limit
+
+    def has_seen(self, model: str) -> bool:
+        """Whether an answer of the model was learned from."""
+        return model in self._service_s
+
+    # ---- times ----------------------------------------------------------------------------------------
+
+    def ttft_s(
+        self, rows: NDArray[np.intp], num_prompt_tokens: int, num_cached_tokens: NDArray[np.int64] | int = 0
+    ) -> NDArray[np.float64]:
+        """Until the first token on each engine if the request went there now: prefills ahead of it, and its own."""
+        fleet = self._fleet
+        uncached = np.maximum(1, num_prompt_tokens - np.asarray(num_cached_tokens))
+        tokens = fleet.queued_tokens[rows] + uncached
+        attention = fleet.queued_attention[rows] + uncached * (2 * num_prompt_tokens - uncached) / 2
+        num_steps = np.ceil(tokens / np.maximum(1, fleet.max_num_batched_tokens[rows]))
+        step_s = fleet.c0[rows] + fleet.k[rows] * fleet.kv_tokens[rows] + fleet.b[rows] * fleet.num_decoding[rows]
+        seconds: NDArray[np.float64] = num_steps * step_s + fleet.a[rows] * tokens + fleet.q[rows] * attention
+        return seconds
+
+    def tpot_s(
+        self, rows: NDArray[np.intp], num_context_tokens: int = 0, *, num_sequences: int = 1
+    ) -> NDArray[np.float64]:
+        """Between two tokens on each engine, with `num_sequences` more of such a context there."""
+        fleet = self._fleet
+        kv_tokens = fleet.kv_tokens[rows] + num_sequences * num_context_tokens
+        seconds: NDArray[np.float64] = (
+            fleet.c0[rows] + fleet.k[rows] * kv_tokens + fleet.b[rows] * (fleet.num_decoding[rows] + num_sequences)
+        )
+        return seconds
+
+    def prefill_s(self, num_prompt_tokens: int) -> float:
+        """Until the first token on an engine of average speed that has nothing else to compute; 0 without engines."""
+        fleet, rows = self._fleet, self._fleet.rows()
+        if not len(rows):
+            return 0.0
+        num_steps = np.ceil(num_prompt_tokens / np.maximum(1, fleet.max_num_batched_tokens[rows]))
+        step_s = fleet.c0[rows] + fleet.k[rows] * fleet.kv_tokens[rows] + fleet.b[rows] * fleet.num_decoding[rows]
+        attention = prefill_attention(num_prompt_tokens, num_prompt_tokens)
+        return float(np.median(num_steps * step_s + fleet.a[rows] * num_prompt_tokens + fleet.q[rows] * attention))
+
+    def decode_s(self, num_tokens: int) -> float:
+        """For so many tokens of one sequence, on an engine of average speed and its load of now; 0 without engines."""
+        rows = self._fleet.rows()
+        return num_tokens * float(np.median(self.tpot_s(rows))) if len(rows) else 0.0
+
+    def remaining_s(
+        self, row: int, tenant: str, model: str, limit: int, num_context_tokens: int, num_so_far: int
+    ) -> float:
+        """Until the last token of a request that decodes on an engine."""
+        expected = self.output_tokens(tenant, model, limit, num_so_far=num_so_far)
+        return (expected - num_so_far) * float(self.tpot_s(np.array([row]), num_context_tokens, num_sequences=0)[0])
+
+    def service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: int) -> float:
+        """How long such a request will hold its place: as answers of late did, or by the step times."""
+        known = self._service_s.get(model)
+        if known is not None:
+            return known
+        return self.prefill_s(num_prompt_tokens) + self.decode_s(num_output_tokens)
+
+    def queue_wait_s(
+        self, model: str, num_ahead: int, num_places: int, num_prompt_tokens: int, num_output_tokens: int
+    ) -> float:
+        """Until the place of a request that has `num_ahead` others before it, when all of its model's places are taken.
+
+        By Little's law: `num_places` places become free once in a mean time of service each. Infinite without places.
+        """
+        if num_places <= 0:
+            return float("inf")
+        return (num_ahead + 1) * self.service_s(model, num_prompt_tokens, num_output_tokens) / num_places

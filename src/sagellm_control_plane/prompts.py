@@ -1,0 +1,79 @@
+"""What the control plane finds out of a prompt before it goes to an engine: its length and the names of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sagellm_control_plane.engines import ManagedEngine
+from sagellm_kv_cache.hashing import extend_block_hashes, root_hash
+from sagellm_protocol import Request, TokenizeRequest
+
+_BYTES_PER_TOKEN = 4  # of UTF-8 text, the usual estimate
+_MOST_CHARS_PER_TOKEN = 16  # of a prompt that is split here: a longer one may not fit, and to see that would take long
+
+
+async def with_tokens(request: Request, serving: Sequence[ManagedEngine]) -> Request:
+    """The request with its prompt's token ids, so that neither routing nor the engine has to make them again.
+
+    As it is where it has them, where the engines do not share one model, or where none that is loaded could split it.
+    Raises `InvalidArgumentError` for a conversation that the model's template refuses, as the engine would.
+    """
+    if request.prompt_token_ids is not None or isinstance(request.prompt, list) or request.embed is not None:
+        return request
+    loaded = next((engine for engine in serving if engine.is_loaded), None)
+    if loaded is None or len({engine.instance.model_name for engine in serving}) > 1:
+        return request
+    if len(text_of(request)) > _MOST_CHARS_PER_TOKEN * loaded.client.config.max_model_len:
+        return request
+    if request.prompt is not None:
+        wanted = TokenizeRequest(prompt=request.prompt)
+    else:
+        wanted = TokenizeRequest(
+            messages=request.messages, tools=request.tools, chat_template_kwargs=request.chat_template_kwargs
+        )
+    token_ids = await loaded.client.tokenize(wanted)
+    return request.model_copy(update={"prompt_token_ids": token_ids}) if token_ids else request
+
+
+def block_hashes(request: Request, block_size: int) -> tuple[bytes, ...]:
+    """The names that the engines' caches have for the prompt's full blocks; none where its tokens are not known."""
+    token_ids = request.prompt if isinstance(request.prompt, list) else request.prompt_token_ids
+    if not token_ids:
+        return ()
+    hashes: list[bytes] = []
+    root = root_hash(request.cache_salt, request.lora)
+    extend_block_hashes(hashes, token_ids, block_size, len(token_ids) // block_size, root)
+    return tuple(hashes)
+
+
+def text_of(request: Request) -> str:
+    """The text that a prompt begins with, for engines that tell nothing of their caches."""
+    if isinstance(request.prompt, str):
+        return request.prompt
+    return "".join(str(message.content) for message in request.messages or ())
+
+
+def estimate_prompt_tokens(request: Request) -> int:
+    """Prompt tokens for ledger and routing: exact where the token ids are known, else by the length of the UTF-8."""
+    token_ids = request.prompt if isinstance(request.prompt, list) else request.prompt_token_ids
+    if token_ids is not None:
+        return len(token_ids)
+    return max(1, len(text_of(request).encode("utf-8", errors="replace")) // _BYTES_PER_TOKEN)
+
+
+def num_outputs(request: Request) -> int:
+    """How many answers it asks for."""
+    return 1 if request.sampling_params is None else request.sampling_params.n
+
+
+def output_limit(request: Request) -> int | None:
+    """The most tokens of one answer, where the request says so."""
+    if request.max_tokens is not None:
+        return request.max_tokens
+    sampling = request.sampling_params
+    return sampling.max_tokens if sampling is not None and "max_tokens" in sampling.model_fields_set else None
+
+
+def wants_prompt_logprobs(request: Request) -> bool:
+    """Whether the answer has to tell of the prompt's tokens."""
+    return request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None

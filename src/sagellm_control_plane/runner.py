@@ -1,0 +1,283 @@
+"""Running requests: on the engine they were given, and on the next one where that is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import TypeVar
+
+from sagellm_control_plane.admission import Admission
+from sagellm_control_plane.clients.base import EngineLostError
+from sagellm_control_plane.clock import Clock
+from sagellm_control_plane.config import ControlPlaneConfig
+from sagellm_control_plane.dispatch import Dispatcher
+from sagellm_control_plane.events import EventHub, EventKind
+from sagellm_control_plane.failover import refusal
+from sagellm_control_plane.hand_over import PrefixCourier
+from sagellm_control_plane.pd import PhaseRouter
+from sagellm_control_plane.pool import EnginePool
+from sagellm_control_plane.prompts import num_outputs, output_limit, wants_prompt_logprobs
+from sagellm_control_plane.ticket import Stay, Ticket
+from sagellm_control_plane.types import EngineState, PerformanceTotals
+from sagellm_protocol import (
+    DeadlineExceededError,
+    ErrorCode,
+    FinishReason,
+    InternalError,
+    Request,
+    Response,
+    SageLLMError,
+    StreamEvent,
+    StreamEventDelta,
+    StreamEventEnd,
+    UnavailableError,
+)
+
+_Answer = TypeVar("_Answer", Response, StreamEventEnd)
+_BOOK_EVERY = 16  # tokens; the ledger may lag behind by so many, and is exact again at the end
+_SHORT_TOKENS = 32  # of an answer that is sooner made again than followed
+_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
+# Errors that an engine gives to all of its requests when it dies; of others the request is the reason.
+_OF_A_DEAD_ENGINE = (ErrorCode.INTERNAL, ErrorCode.UNAVAILABLE, ErrorCode.DISTRIBUTED_RUNTIME_ERROR)
+
+
+class Runner:
+    """Takes requests through admission and engines to their end. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        dispatcher: Dispatcher,
+        phases: PhaseRouter | None,
+        pool: EnginePool,
+        totals: PerformanceTotals,
+        events: EventHub,
+        config: ControlPlaneConfig,
+        clock: Clock,
+    ) -> None:
+        self._admission = admission
+        self._dispatcher = dispatcher
+        self._pool = pool
+        self._totals = totals
+        self._events = events
+        self._config = config
+        self._clock = clock
+        self._courier = PrefixCourier(phases, pool, events, config.failover, clock)
+
+    async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
+        """The answer as it is made, over however many engines: one start, every token once, exactly one end.
+
+        Raises what `Admission.submit` raises, and what the first engine refuses the request with; when the stream has
+        begun every error is its end.
+        """
+        ticket = await self._admission.submit(request)
+        failure: SageLLMError | None = None
+        try:
+            while True:
+                try:
+                    stay = await self._placed(ticket)
+                    async with aclosing(stay.engine.client.stream(ticket.journal.remainder())) as events:
+                        pull = stay.pull  # its `wait` would cost each token a coroutine more
+                        try:
+                            while True:
+                                pull.begin()
+                                event = await events.__anext__()
+                                pull.end()
+                                if isinstance(event, StreamEventDelta):
+                                    self._delta(ticket, event)
+                                    yield event
+                                elif isinstance(event, StreamEventEnd):
+                                    yield await self._end(ticket, stay, event)
+                                    return
+                                elif ticket.journal.start(event):
+                                    yield event
+                        except asyncio.CancelledError as error:
+                            raise pull.reason(error) from None
+                        finally:
+                            pull.end()
+                except StopAsyncIteration:
+                    self._move(ticket, EngineLostError(f"{stay.engine.engine_id} ended a stream without its end"))
+                except UnavailableError as error:
+                    self._move(ticket, await self._diagnosed(ticket, error))
+        except SageLLMError as error:
+            failure = error
+            if not ticket.journal.has_started:
+                raise
+            yield self._broken_end(ticket, error)
+        except Exception as error:
+            failure = InternalError(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._close(ticket, failure)
+
+    async def execute(self, request: Request) -> Response:
+        """The whole answer. A long one is made as a stream, so that a lost engine costs no token; others run again."""
+        if _is_worth_a_stream(request):
+            return await self._collect(request)
+        ticket = await self._admission.submit(request)
+        failure: SageLLMError | None = None
+        try:
+            while True:
+                try:
+                    stay = await self._placed(ticket)
+                    response = await stay.pull.wait(partial(stay.engine.client.execute, ticket.request))
+                    await self._check_alive(ticket, stay, response)
+                    return self._finished(ticket, stay, response)
+                except UnavailableError as error:
+                    self._move(ticket, await self._diagnosed(ticket, error))
+        except SageLLMError as error:
+            failure = error
+            raise
+        except Exception as error:
+            failure = InternalError(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._close(ticket, failure)
+
+    # ---- events ---------------------------------------------------------------------------------------
+
+    async def _placed(self, ticket: Ticket) -> Stay:
+        """The stay that a request has got, with its prompt's KV cache where another engine computes that."""
+        stay = await self._dispatcher.granted(ticket)
+        if stay.hand_over is not None:
+            await self._courier.carry(ticket, stay)
+        return stay
+
+    async def _collect(self, request: Request) -> Response:
+        async with aclosing(self.stream(request)) as events:
+            async for event in events:
+                last = event
+        assert isinstance(last, StreamEventEnd), "a stream ends with its end"
+        # The engine has checked all of it: to build it without a second check saves more than the rest of this takes.
+        return Response.model_construct(
+            request_id=last.request_id,
+            trace_id=last.trace_id,
+            engine_id=last.engine_id,
+            model=request.model,
+            output_text=last.output_text,
+            output_tokens=last.output_tokens,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            logprobs=last.outputs[0].logprobs if last.outputs else None,
+            outputs=last.outputs,
+            metrics=last.metrics,
+            usage=last.usage,
+            error=last.error,
+        )
+
+    def _delta(self, ticket: Ticket, event: StreamEventDelta) -> None:
+        stay = ticket.stay
+        assert stay is not None, "tokens come from an engine"
+        num_tokens = len(event.chunk_tokens)
+        ticket.journal.add(event)
+        if num_tokens and not stay.trace.num_output_tokens:
+            self._dispatcher.first_token(ticket)
+        stay.trace.num_output_tokens += num_tokens
+        if stay.trace.num_output_tokens - stay.booking.num_tokens >= _BOOK_EVERY:
+            self._dispatcher.tokens(ticket, stay.trace.num_output_tokens - stay.booking.num_tokens)
+
+    async def _end(self, ticket: Ticket, stay: Stay, event: StreamEventEnd) -> StreamEventEnd:
+        """The end for the caller; raises `EngineLostError` where it is the end of the engine."""
+        await self._check_alive(ticket, stay, event)
+        first = ticket.trace.stays[0]
+        ttft_s = None if first.first_token_at is None else first.first_token_at - first.granted_at
+        return self._finished(ticket, stay, ticket.journal.end(event, ttft_s))
+
+    async def _check_alive(self, ticket: Ticket, stay: Stay, answer: Response | StreamEventEnd) -> None:
+        """Raise `EngineLostError` where an error is not the request's own."""
+        error = answer.error
+        if error is None or error.code not in _OF_A_DEAD_ENGINE or ticket.is_late:
+            return
+        if not await stay.pull.wait(stay.engine.client.health_check):
+            raise EngineLostError(f"{stay.engine.engine_id} died: {error.message}", engine_id=stay.engine.engine_id)
+
+    def _finished(self, ticket: Ticket, stay: Stay, response: _Answer) -> _Answer:
+        """An engine has answered: count it, learn from it, and book the rest of its tokens."""
+        if ticket.is_late and response.error is None and response.finish_reason is FinishReason.ABORT:
+            response = response.model_copy(update={"error": ticket.deadline_error().to_error()})
+        num_left = stay.trace.num_output_tokens - stay.booking.num_tokens
+        if num_left:
+            self._dispatcher.tokens(ticket, num_left)
+        now, waiting = self._clock.now(), ticket.waiting
+        if stay.trace.first_token_at is None and response.metrics.ttft_ms:  # it was not followed token by token
+            stay.trace.first_token_at = stay.trace.granted_at + response.metrics.ttft_ms / 1e3
+            ticket.trace.first_token_at = stay.trace.first_token_at
+        self._totals.add(response, now - ticket.trace.stays[0].granted_at)
+        trace = ticket.trace
+        trace.outcome = response.finish_reason.value if response.error is None else response.error.code.value
+        trace.error = None if response.error is None else response.error.message
+        if response.finish_reason in _COMPLETE:
+            num_tokens = response.usage.completion_tokens // max(1, len(response.outputs))
+            service_s = now - trace.stays[0].granted_at
+            self._pool.predictor.observe_answer(waiting.tenant, waiting.request.model, num_tokens, service_s)
+            ticket.num_unserved_tokens = 0
+            # Short answers are not followed token by token: then the engine's own figure, behind the time in the queue.
+            queue_s = trace.stays[0].granted_at - trace.queued_at
+            ttft_s = queue_s + response.metrics.ttft_ms / 1e3 if trace.ttft_s is None else trace.ttft_s
+            decode_s = now - trace.queued_at - ttft_s
+            self._pool.loads.answered(stay.engine.instance.model_name, response.usage, ttft_s, decode_s)
+        error = None if response.error is None else response.error.to_exception()
+        self._dispatcher.leave(ticket, error, is_answered=response.finish_reason in _COMPLETE)
+        return response
+
+    def _broken_end(self, ticket: Ticket, error: SageLLMError) -> StreamEventEnd:
+        reason = FinishReason.ABORT if isinstance(error, DeadlineExceededError) else FinishReason.ERROR
+        engine_id = ticket.trace.stays[-1].engine_id if ticket.trace.stays else ""
+        end = ticket.journal.broken_end(error, reason, engine_id)
+        self._totals.add(end, self._clock.now() - ticket.trace.queued_at)
+        return end
+
+    def _close(self, ticket: Ticket, failure: SageLLMError | None) -> None:
+        trace = ticket.trace
+        if failure is not None:
+            trace.outcome, trace.error = failure.code.value, failure.message
+        elif trace.outcome == "running":
+            trace.outcome = "cancelled"
+        self._dispatcher.leave(ticket, failure)
+        self._admission.close(ticket)
+
+    # ---- moves ----------------------------------------------------------------------------------------
+
+    async def _diagnosed(self, ticket: Ticket, error: UnavailableError) -> UnavailableError:
+        """`error`, or that the engine is lost where it says nothing more than that it does not run."""
+        stay = ticket.stay
+        if stay is None:
+            raise error  # no engine has said it: the request was refused
+        if isinstance(error, EngineLostError) or stay.engine.state is not EngineState.READY:
+            return error
+        if await stay.pull.wait(stay.engine.client.health_check):
+            return error
+        return EngineLostError(f"{stay.engine.engine_id} died: {error.message}", engine_id=stay.engine.engine_id)
+
+    def _move(self, ticket: Ticket, error: UnavailableError) -> None:
+        """Let a request go on elsewhere; raises why not."""
+        stay, request_id = ticket.stay, ticket.request.request_id
+        assert stay is not None, "only who has an engine can lose it"
+        engine_id = stay.engine.engine_id
+        if isinstance(error, EngineLostError):
+            self._pool.supervisor.lost(stay.engine, stay.generation, error)
+        reason = refusal(ticket, error, self._config.failover)
+        self._dispatcher.leave(ticket, error)
+        if reason is not None:
+            self._events.publish(
+                EventKind.REFUSED, f"{request_id} ends: {reason.message}", engine_id=engine_id, request_id=request_id
+            )
+            raise reason
+        self._events.publish(
+            EventKind.MOVED,
+            f"{request_id} leaves {engine_id} with {ticket.journal.num_tokens} tokens delivered: {error.message}",
+            engine_id=engine_id,
+            request_id=request_id,
+            num_tokens=ticket.journal.num_tokens,
+        )
+        self._dispatcher.readmit(ticket, avoid=None if isinstance(error, EngineLostError) else stay.engine)
+
+
+def _is_worth_a_stream(request: Request) -> bool:
+    """Whether a whole answer is followed token by token. A stream does not tell of the prompt's tokens."""
+    if request.embed is not None or wants_prompt_logprobs(request):
+        return False
+    limit = output_limit(request)
+    return limit is None or limit * num_outputs(request) > _SHORT_TOKENS

@@ -1,0 +1,76 @@
+"""A request on its way through the control plane, and its stays on engines."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sagellm_control_plane.engines import ManagedEngine
+from sagellm_control_plane.explain import RequestTrace, StayTrace
+from sagellm_control_plane.fleet import Booking
+from sagellm_control_plane.journal import Journal
+from sagellm_control_plane.policies import Destination, WaitingRequest
+from sagellm_control_plane.pull import Pull
+from sagellm_control_plane.quotas import Reservation
+from sagellm_control_plane.routing import RoutedRequest
+from sagellm_protocol import DeadlineExceededError, Request, SageLLMError
+
+if TYPE_CHECKING:
+    from sagellm_control_plane.hand_over import HandOver
+
+
+@dataclass(slots=True, eq=False)
+class Stay:
+    """The time of one request on one engine, from its grant until it leaves; `generation` is the engine's."""
+
+    engine: ManagedEngine
+    booking: Booking
+    generation: int
+    num_expected_tokens: int
+    trace: StayTrace
+    pull: Pull
+    is_trial: bool = False  # the request has just lost an engine and made no token here yet
+    had_company: bool = False  # when its engine was lost, others there had made no token either
+    hand_over: HandOver | None = None  # another engine computes the prompt for this one
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request, from its arrival to its end. It has a stay, or a refusal, or waits; `granted` ends that wait."""
+
+    waiting: WaitingRequest
+    routed: RoutedRequest
+    trace: RequestTrace
+    journal: Journal
+    granted: asyncio.Future[None] | None = None  # there while its task waits
+    stay: Stay | None = None
+    refusal: SageLLMError | None = None
+    reservation: Reservation | None = None  # of its tenant's quota
+    num_grants: int = 0
+    avoided: ManagedEngine | None = None  # has just turned it away
+    is_suspect: bool = False  # it may be what killed the engine that it was on
+    num_losses: int = 0  # engines lost in a row without a token made there
+    num_unserved_tokens: int = 0  # of the prompt, that no engine has computed
+    is_late: bool = False  # its deadline has passed
+    is_closed: bool = False
+
+    @property
+    def request(self) -> Request:
+        return self.waiting.request
+
+    @property
+    def destination(self) -> Destination:
+        """The model it asks for, and what of it."""
+        return self.waiting.destination
+
+    def routed_now(self) -> RoutedRequest:
+        """What a choice rests on: after a move the tokens made so far are part of the prompt."""
+        if not self.journal.num_tokens:
+            return self.routed
+        return replace(self.routed, num_prompt_tokens=self.routed.num_prompt_tokens + self.journal.num_tokens)
+
+    def deadline_error(self) -> DeadlineExceededError:
+        """What is said of a request that is late."""
+        limit = self.request.slo.deadline_ms if self.request.slo is not None else None
+        return DeadlineExceededError(f"the request's deadline of {limit:g} ms has passed; allow more time", field="slo")

@@ -1,0 +1,146 @@
+"""Engines that die and requests that go on, on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+import virtual_loop
+from sagellm_control_plane.config import FailoverConfig
+from sagellm_control_plane.events import EventKind
+from sagellm_protocol import ErrorCode, FinishReason
+from sim_engine import SimEngine, answer_of
+from sim_world import World, make_request
+
+
+def client(world: World, number: int) -> SimEngine:
+    found = world.engines[number].client
+    assert isinstance(found, SimEngine)
+    return found
+
+
+async def serve(num_engines: int = 2, **options: Any) -> World:
+    world = World(policy="fifo", router="round_robin", num_engines=num_engines, seed=2, **options)
+    await world.manager.start()
+    return world
+
+
+async def close(world: World) -> None:
+    await world.settle()
+    world.check()
+    await world.manager.stop()
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_request_goes_on_where_its_engine_died(is_stream: bool) -> None:
+    async def main() -> None:
+        world = await serve()
+        request = make_request(1, prompt="a long answer", seed=5, max_tokens=60, n=2)
+        call = world.submit(request, is_stream=is_stream)
+        await asyncio.sleep(0.2)
+        client(world, 0).die()
+        await close(world)
+        assert client(world, 1).num_resumed == 1
+        trace = world.manager.explain("r1")
+        assert [stay.engine_id for stay in trace.stays] == ["e-0", "e-1"]
+        assert trace.to_dict()["stays"][0]["left_because"] == "e-0 died"
+        assert call.outcome in (FinishReason.STOP, FinishReason.LENGTH)
+        answers = [tokens for tokens, _ in answer_of(request, 5)]
+        outputs = call.response.outputs if call.response is not None else call.events[-1].outputs  # type: ignore[union-attr]
+        assert [output.token_ids for output in outputs] == answers
+        kinds = [event.kind for event in world.manager.events.recent()]
+        assert EventKind.LOST in kinds
+        assert EventKind.MOVED in kinds
+
+    virtual_loop.run(main)
+
+
+def test_a_hanging_engine_loses_its_requests_to_another() -> None:
+    async def main() -> None:
+        world = await serve()
+        call = world.submit(make_request(1, prompt="hang under it", max_tokens=60))
+        await asyncio.sleep(0.2)
+        client(world, 0).is_hanging = True
+        await asyncio.wait({call.task}, timeout=30)  # type: ignore[arg-type]
+        assert isinstance(call.outcome, FinishReason)
+        await close(world)
+
+    virtual_loop.run(main)
+
+
+def test_with_failover_off_the_request_ends_with_its_engine() -> None:
+    async def main() -> None:
+        world = await serve(failover=FailoverConfig(enabled=False))
+        call = world.submit(make_request(1, prompt="alone", max_tokens=60))
+        await asyncio.sleep(0.2)
+        client(world, 0).die()
+        await asyncio.wait({call.task}, timeout=5)  # type: ignore[arg-type]
+        assert call.outcome is ErrorCode.UNAVAILABLE
+        assert world.manager.explain("r1").outcome == "unavailable"
+        await world.settle()
+        world._check_books()
+        await world.manager.stop()
+
+    virtual_loop.run(main)
+
+
+def test_a_limit_of_moves_holds() -> None:
+    async def main() -> None:
+        world = await serve(failover=FailoverConfig(max_moves=1))
+        call = world.submit(make_request(1, prompt="moved twice", max_tokens=60, seed=3))
+        for number in (0, 1):
+            await asyncio.sleep(0.2)
+            client(world, number).die()
+        await asyncio.wait({call.task}, timeout=5)  # type: ignore[arg-type]
+        assert call.outcome is ErrorCode.UNAVAILABLE
+        await world.settle()
+        await world.manager.stop()
+
+    virtual_loop.run(main)
+
+
+@pytest.mark.parametrize(("prompt", "num_deaths"), [("poison", 2), ("poison3", 3)])
+def test_a_request_that_kills_engines_is_refused_and_its_company_lives(prompt: str, num_deaths: int) -> None:
+    async def main() -> None:
+        world = await serve(3)
+        others = [world.submit(make_request(n, prompt=f"innocent {n}", max_tokens=60, seed=n)) for n in range(1, 4)]
+        await asyncio.sleep(0.1)
+        poison = world.submit(make_request(9, prompt=prompt, max_tokens=60, seed=1))
+        await close(world)
+        assert poison.outcome is ErrorCode.INTERNAL
+        assert all(isinstance(call.outcome, FinishReason) for call in others)
+        assert len(world.manager.explain("r9").stays) == num_deaths
+        lost = [event for event in world.manager.events.recent() if event.kind is EventKind.LOST]
+        assert len(lost) == num_deaths
+
+    virtual_loop.run(main)
+
+
+def test_a_drained_engine_counts_for_nothing() -> None:
+    async def main() -> None:
+        world = await serve()
+        call = world.submit(make_request(1, prompt="undisturbed", max_tokens=60))
+        await asyncio.sleep(0.1)
+        world.manager.drain_engine("e-0")
+        await close(world)
+        assert len(world.manager.explain("r1").stays) == 1
+        assert isinstance(call.outcome, FinishReason)
+
+    virtual_loop.run(main)
+
+
+def test_a_late_request_ends_though_its_engine_hangs() -> None:
+    async def main() -> None:
+        world = await serve(1)
+        call = world.submit(make_request(1, prompt="late", max_tokens=60, deadline_s=1.0))
+        await asyncio.sleep(0.1)
+        client(world, 0).is_hanging = True
+        started_at = asyncio.get_running_loop().time()
+        await asyncio.wait({call.task}, timeout=60)  # type: ignore[arg-type]
+        assert call.outcome is ErrorCode.DEADLINE_EXCEEDED
+        assert asyncio.get_running_loop().time() - started_at < 8
+        await close(world)
+
+    virtual_loop.run(main)
