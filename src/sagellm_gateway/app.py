@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,19 +20,21 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response as HttpResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from sagellm_control_plane import ControlPlaneManager
-from sagellm_core.answers import Answers, Observer
+from sagellm_core.answers import Observer
 from sagellm_core.engine_metrics import EngineCollector
 from sagellm_core.http import install_error_handlers, unexpected_error
 from sagellm_core.version import __version__
 from sagellm_gateway.chat import ChatService
 from sagellm_gateway.documents import openapi_document
 from sagellm_gateway.errors import error_answer_for, error_body_for
+from sagellm_gateway.explanation import explanation_attributes
 from sagellm_gateway.ledger import Ledger
 from sagellm_gateway.live_stats import LiveStats
 from sagellm_gateway.middleware import chain
+from sagellm_gateway.middleware.log import AccessLog
 from sagellm_gateway.middleware.metrics import HttpFigures
 from sagellm_gateway.responses.store import ResponseStore
 from sagellm_gateway.routes import ROUTERS
@@ -58,7 +61,9 @@ class Gateway(FastAPI):
         default_model: str | None = None,
         settings: GatewaySettings | None = None,
     ) -> None:
-        super().__init__(title="sageLLM gateway", version=__version__, lifespan=_lifespan)
+        super().__init__(
+            title="sageLLM gateway", version=__version__, lifespan=_lifespan, docs_url=None, redoc_url=None
+        )
         self.manager = manager
         self.settings = settings or GatewaySettings()
         self.default_model = default_model or "default"
@@ -69,12 +74,15 @@ class Gateway(FastAPI):
         self.registry.register(self.collector)
         self.http_figures = HttpFigures()
         self.registry.register(self.http_figures)
-        self.ledger = Ledger(manager, keep_prompts=self.settings.log.prompts)
-        observers: list[Observer] = [self.collector.observe, self.live_stats.observe, self.ledger.observe]
-        self.tracing = None if self.settings.tracing.endpoint is None else Tracing(self.settings.tracing)
+        log = self.settings.log
+        self.access_log = None if log.access == "off" else AccessLog(is_json=log.access == "json")
+        observers: list[Observer] = [self.collector.observe, self.live_stats.observe]
+        tracing = self.settings.tracing
+        explain = partial(explanation_attributes, manager)
+        self.tracing = None if tracing.endpoint is None else Tracing(tracing, explain)
         if self.tracing is not None:
             observers.append(self.tracing.observe)
-        self.answers = Answers(self.ledger.execute, self.ledger.stream, *observers)
+        self.answers = Ledger(manager, *observers, keep_prompts=log.prompts)
         self.sessions = Sessions(self.settings.sessions)
         self.chat = ChatService(self)
         self.responses = ResponseStore()
@@ -97,7 +105,8 @@ class Gateway(FastAPI):
         route = scope.get("route")
         if route is not None:
             return str(route.path)
-        return scope["path"] if (scope["method"], scope["path"]) in self._direct else "other"
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        return scope["path"] if (method, scope["path"]) in self._direct else "other"
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document."""
@@ -131,6 +140,9 @@ class Gateway(FastAPI):
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._direct.get((scope["method"], scope["path"]))
         if endpoint is None:
+            if scope["method"] == "HEAD":
+                await self._head(scope, receive, send)
+                return
             allowed = self._methods_of(scope["path"])
             if not allowed or scope["method"] in allowed:
                 await super().__call__(scope, receive, send)
@@ -140,11 +152,27 @@ class Gateway(FastAPI):
             response = await _answer(endpoint, HttpRequest(scope, receive, send))
         await response(scope, receive, send)
 
+    async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as to GET, without the body: the answer is over when it has begun."""
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b""})
+
+        get = {**scope, "method": "GET"}
+        try:
+            await self._dispatch(get, receive, send_head)
+        finally:
+            if "route" in get:  # for `route_of`
+                scope["route"] = get["route"]
+
     def _methods_of(self, path: str) -> list[str]:
         """The methods of all routes for a path (routers know the first's alone); a name goes before a variable."""
         matching = [route for route in self._routes if route.path_regex.match(path)]
         named = [route for route in matching if not route.param_convertors]
-        return sorted({method for route in named or matching for method in route.methods or ()})
+        methods = {method for route in named or matching for method in route.methods or ()}
+        return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def _wrong_method(scope: Scope, allowed: Sequence[str]) -> HttpResponse:
@@ -179,6 +207,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await app.sessions.close()
             if app.tracing is not None:
                 await app.tracing.close()
+            if app.access_log is not None:
+                app.access_log.flush()
 
 
 def create_app(

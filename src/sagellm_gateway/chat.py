@@ -33,7 +33,7 @@ class ChatService:
         """The whole answer; the error of a request that failed is raised."""
         if call.session_id is not None:
             return await answer_in_session(self._gateway, call, caller, self.answer)
-        plan = await self._planner.plan(call, caller)
+        plan = await self._planner.plan(call)
         response = (await self._gateway.answers.execute(plan.request)).raise_for_error()
         pieces: list[Piece] = []
         for output in response.outputs:
@@ -49,7 +49,7 @@ class ChatService:
                 async for piece in turn:
                     yield piece
             return
-        plan = await self._planner.plan(call, caller)
+        plan = await self._planner.plan(call)
         readers: dict[int, ChoiceReader] = {}
         async with aclosing(self._gateway.answers.stream(plan.request)) as events:
             async for event in events:

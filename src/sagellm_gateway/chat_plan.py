@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sagellm_gateway import reasoning, tool_formats
-from sagellm_gateway.calls import for_caller
 from sagellm_gateway.choice_reader import ChoiceReader
-from sagellm_gateway.context import Caller
 from sagellm_gateway.reasoning import ReasoningFormat
 from sagellm_gateway.tool_formats import ToolFormat
 from sagellm_protocol import (
@@ -62,7 +60,7 @@ def formats_of(chat_template: str | None) -> ModelFormats:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ChatPlan:
     """A request on its way, and how its answer is read."""
 
@@ -90,15 +88,14 @@ class ChatPlanner:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._opening: dict[tuple[str, str], bool] = {}
-        self._marks: dict[str, dict[str, int]] = {}
+        self._known: dict[str, _Probes] = {}  # of each model that was asked for, by its name
 
-    async def plan(self, call: ChatCompletionRequest, caller: Caller) -> ChatPlan:
+    async def plan(self, call: ChatCompletionRequest) -> ChatPlan:
         """Raises `InvalidArgumentError` or `UnsupportedError` for what cannot be done, naming the field."""
         model = await self._gateway.manager.describe_model(call.model)
         formats = formats_of(model.chat_template)
         tools = _tools_of(call)
-        request = for_caller(call.to_request(), caller, named=call.request_id is not None)
+        request = call.to_request()
         changes: dict[str, Any] = {}
         has_form = bool(tools) or request.structured_output is not None
         token_ids = await self._token_ids_of_marks(model, formats) if has_form else {}
@@ -114,7 +111,7 @@ class ChatPlanner:
             if opens and formats.reasoning is not None:
                 changes["structured_output"] = formats.reasoning.after_thought(form, token_ids=token_ids)
         return ChatPlan(
-            request.model_copy(update=changes),
+            request.model_copy(update=changes) if changes else request,
             formats,
             tools,
             opens_thought=opens,
@@ -126,29 +123,49 @@ class ChatPlanner:
         self, model: ModelDescription, thoughts: ReasoningFormat, variables: dict[str, Any] | None
     ) -> bool:
         """Whether the prompt that the template renders ends within a thought; asked once for each set of variables."""
-        key = (model.model, json.dumps(variables, sort_keys=True))
-        if key not in self._opening:
+        opening, key = self._probes_of(model).opening, json.dumps(variables, sort_keys=True)
+        if key not in opening:
             manager = self._gateway.manager
             probe = [ChatMessage(role="user", content="Hello")]
             token_ids = await manager.tokenize(model.model, messages=probe, chat_template_kwargs=variables)
-            if len(self._opening) >= _MAX_PROBES:
-                self._opening.clear()
-            self._opening[key] = thoughts.is_open(await manager.detokenize(model.model, token_ids))
-        return self._opening[key]
+            if len(opening) >= _MAX_OPENINGS:
+                opening.clear()
+            opening[key] = thoughts.is_open(await manager.detokenize(model.model, token_ids))
+        return opening[key]
 
     async def _token_ids_of_marks(self, model: ModelDescription, formats: ModelFormats) -> dict[str, int]:
         """The marks that are tokens of the model, which a grammar must name as such; asked once for a model."""
-        if model.model not in self._marks:
+        probes = self._probes_of(model)
+        if probes.marks is None:
             manager, found = self._gateway.manager, dict[str, int]()
             for mark in (*formats.tools.marks, *(formats.reasoning.marks if formats.reasoning is not None else ())):
                 for token_id in await manager.tokenize(model.model, prompt=mark, add_special_tokens=False):
                     if await manager.detokenize(model.model, [token_id]) == mark:
                         found[mark] = token_id
-            self._marks[model.model] = found
-        return self._marks[model.model]
+            probes.marks = found
+        return probes.marks
+
+    def _probes_of(self, model: ModelDescription) -> _Probes:
+        """What is known of a model; nothing yet of one that has come to another's name."""
+        probes = self._known.get(model.model)
+        if probes is None or probes.model is not model:
+            if len(self._known) >= _MAX_MODELS:
+                self._known.clear()
+            probes = self._known[model.model] = _Probes(model)
+        return probes
 
 
-_MAX_PROBES = 256
+@dataclass(slots=True)
+class _Probes:
+    """What a model's tokenizer and template answered."""
+
+    model: ModelDescription
+    marks: dict[str, int] | None = None
+    opening: dict[str, bool] = field(default_factory=dict)  # by the template's variables
+
+
+_MAX_MODELS = 64
+_MAX_OPENINGS = 256
 
 
 def _shows_marks(formats: ModelFormats, tools: Sequence[Tool]) -> bool:

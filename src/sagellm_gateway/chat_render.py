@@ -9,8 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from sagellm_core.version import __version__
 from sagellm_gateway.pieces import (
     Answer,
@@ -18,20 +16,20 @@ from sagellm_gateway.pieces import (
     AnswerEnd,
     AnswerStart,
     ChoiceEnd,
-    Piece,
     ReasoningPiece,
     TextPiece,
     ToolCallPiece,
 )
-from sagellm_protocol import TokenLogprob, Usage, new_request_id
+from sagellm_gateway.writing import PieceWriter, encode, logprob_entries
+from sagellm_protocol import TokenLogprob, Usage
+from sagellm_protocol.ids import random_hex
 
-_encode = msgspec.json.Encoder().encode
 _FINGERPRINT = f"sagellm-{__version__}"
 
 
 def answer_body(model: str, answer: Answer) -> bytes:
     """The body of a whole answer."""
-    return _encode(
+    return encode(
         {
             "id": _new_id(),
             "object": "chat.completion",
@@ -44,7 +42,7 @@ def answer_body(model: str, answer: Answer) -> bytes:
     )
 
 
-class ChunkWriter:
+class ChunkWriter(PieceWriter):
     """The `chat.completion.chunk` messages of one streamed answer.
 
     With `include_usage` every chunk has a `usage` that is null, and one without choices at the end has the figures.
@@ -58,40 +56,46 @@ class ChunkWriter:
             "model": model,
             "system_fingerprint": _FINGERPRINT,
         }
-        self._head = _encode(head)[:-1] + b',"choices":['
+        self._head = encode(head)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}' if include_usage else b"]}"
         self._num_choices = num_choices
         self._include_usage = include_usage
 
-    def write(self, piece: Piece) -> bytes | None:
-        """The message for a piece; None where there is nothing to say."""
-        if isinstance(piece, TextPiece):
-            if piece.logprobs is None:
-                return self._text(piece)
-            return self._chunk(piece.index, {"content": piece.text}, piece.logprobs)
-        if isinstance(piece, ReasoningPiece):
-            return self._chunk(piece.index, {"reasoning_content": piece.text}, piece.logprobs)
-        if isinstance(piece, ToolCallPiece):
-            return self._chunk(piece.index, {"tool_calls": [_call_delta(piece)]}, piece.logprobs)
-        if isinstance(piece, ChoiceEnd):
-            return self._chunk(piece.index, {}, None, piece)
-        if isinstance(piece, AnswerStart):
-            return self._start()
-        return self._end(piece)
-
-    def _start(self) -> bytes:
+    def start(self, piece: AnswerStart) -> bytes:
+        """The chunk that says who speaks."""
         delta = {"role": "assistant", "content": ""}
         choices = [{"index": index, "delta": delta, "finish_reason": None} for index in range(self._num_choices)]
-        return self._head + _encode(choices)[1:-1] + self._tail
+        return self._head + encode(choices)[1:-1] + self._tail
 
-    def _text(self, piece: TextPiece) -> bytes:
-        text = _encode(piece.text)
+    def text(self, piece: TextPiece) -> bytes:
+        """The chunk of a text."""
+        if piece.logprobs is not None:
+            return self._chunk(piece.index, {"content": piece.text}, piece.logprobs)
+        text = encode(piece.text)
         return b'%s{"index":%d,"delta":{"content":%s},"finish_reason":null}%s' % (
             self._head,
             piece.index,
             text,
             self._tail,
         )
+
+    def reasoning(self, piece: ReasoningPiece) -> bytes:
+        """The chunk of a thought."""
+        return self._chunk(piece.index, {"reasoning_content": piece.text}, piece.logprobs)
+
+    def tool_call(self, piece: ToolCallPiece) -> bytes:
+        """The chunk of a part of a call."""
+        return self._chunk(piece.index, {"tool_calls": [_call_delta(piece)]}, piece.logprobs)
+
+    def choice_end(self, piece: ChoiceEnd) -> bytes:
+        """The chunk that says why a choice ended."""
+        return self._chunk(piece.index, {}, None, piece)
+
+    def end(self, piece: AnswerEnd) -> bytes:
+        """The chunk with the figures, where it is asked for."""
+        if not self._include_usage:
+            return b""
+        return self._head + b'],"usage":' + encode(_usage(piece.usage)) + b"}"
 
     def _chunk(
         self,
@@ -106,16 +110,11 @@ class ChunkWriter:
         choice["finish_reason"] = None if end is None else end.finish_reason
         if end is not None and end.stop_reason is not None:
             choice["stop_reason"] = end.stop_reason
-        return self._head + _encode(choice) + self._tail
-
-    def _end(self, piece: AnswerEnd) -> bytes | None:
-        if not self._include_usage:
-            return None
-        return self._head + b'],"usage":' + _encode(_usage(piece.usage)) + b"}"
+        return self._head + encode(choice) + self._tail
 
 
 def _new_id() -> str:
-    return f"chatcmpl-{new_request_id().removeprefix('req-')}"
+    return f"chatcmpl-{random_hex()}"
 
 
 def _choice(index: int, choice: AnswerChoice) -> dict[str, Any]:
@@ -152,18 +151,4 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-    return {
-        "content": [
-            {
-                **_candidate(entry.token, entry.logprob),
-                "top_logprobs": [_candidate(t.token, t.logprob) for t in entry.top],
-            }
-            for entry in entries
-        ],
-        "refusal": None,
-    }
-
-
-def _candidate(token: str | None, logprob: float) -> dict[str, Any]:
-    text = token or ""
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"content": logprob_entries(entries), "refusal": None}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from sagellm_gateway.pieces import ChoiceEnd, Piece, ReasoningPiece, TextPiece, ToolCallPiece
 from sagellm_gateway.reasoning import ReasoningParser

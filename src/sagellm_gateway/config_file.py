@@ -6,7 +6,7 @@
       - {model: qwen, model_path: Qwen/Qwen3-1.7B, options: {quantization: int4}}
       - {model: builtin}
     default_model: qwen
-    control_plane: {scheduling_policy: adaptive}
+    control_plane: {replicas: 2, scheduling_policy: adaptive}
     server: {host: 0.0.0.0, port: 8000}
 
 What is wrong in it is said with the line, the field and the remedy.
@@ -17,40 +17,77 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
+from sagellm_control_plane import ExecutionInstanceType
+from sagellm_control_plane.config import ControlPlaneConfig
 from sagellm_control_plane.policies import get_policy
-from sagellm_control_plane.router import get_router
+from sagellm_control_plane.routing import get_router
 from sagellm_core.config import BackendConfig, EngineConfig
+from sagellm_gateway.options import MAX_REPLICAS
+from sagellm_gateway.placement import Placement
 from sagellm_gateway.settings import GatewaySettings
-from sagellm_protocol import EdgeModel, InvalidArgumentError, NotFoundError, parse
+from sagellm_protocol import InvalidArgumentError, NotFoundError, parse
 
 MAX_FILE_BYTES = 2**20
 
 
-class ControlPlaneSettings(EdgeModel):
-    """How requests wait for engines and reach them."""
+Role = Literal["general", "prefill", "decode", "embedding"]
+_TYPES = {
+    "general": ExecutionInstanceType.GENERAL,
+    "prefill": ExecutionInstanceType.PREFILLING,
+    "decode": ExecutionInstanceType.DECODING,
+    "embedding": ExecutionInstanceType.EMBEDDING,
+}
+
+
+class ServedEngine(EngineConfig):
+    """An engine, and what the control plane should know of it."""
+
+    role: Role = Field(default="general", description="What it is meant for; prefill and decode with control_plane.pd.")
+    price_per_hour: float = Field(default=0.0, ge=0, description="In any one currency, for cost_optimized.")
+    location: str = Field(default="", max_length=256, description="zone/rack/host, for the routing policy topology.")
+    memory_bytes: int | None = Field(default=None, ge=1, description="That its model takes; None: by its files.")
+
+    def instance_fields(self) -> dict[str, Any]:
+        """What is given of these, as fields of an `ExecutionInstance`."""
+        names = ("price_per_hour", "location", "memory_bytes")
+        return {"instance_type": _TYPES[self.role], **{name: getattr(self, name) for name in names}}
+
+
+class ControlPlaneSettings(ControlPlaneConfig):
+    """How many engines there are and where they run; how requests wait for them, reach them and survive them."""
 
     scheduling_policy: str = Field(default="adaptive", description="Which waiting request gets the next free place.")
-    routing_policy: str = Field(default="adaptive", description="Which of the engines with the model takes it.")
-    max_num_waiting: int = Field(
-        default=4096, ge=1, le=2**20, description="Requests that may wait before new ones fail."
+    replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="Engines for each of `engines`.")
+    placement: Placement | None = Field(
+        default=None,
+        description="local: in this process; process: children. None: children where there may be several.",
+    )
+    state: Path | None = Field(
+        default=None, description="A file that survives a crash: the next gateway with it takes over the children."
     )
 
     @model_validator(mode="after")
     def _check_names(self) -> ControlPlaneSettings:
         get_policy(self.scheduling_policy)
-        get_router(self.routing_policy)
+        if self.routing_policy is not None:
+            get_router(self.routing_policy)
         return self
+
+    @property
+    def place(self) -> Placement:
+        """Where engines run."""
+        return self.placement or ("process" if self.replicas > 1 or self.autoscaling else "local")
 
 
 class GatewayFile(GatewaySettings):
     """The whole file; see the module."""
 
-    engines: list[EngineConfig] = Field(min_length=1, max_length=64, description="At least one; all load at the start.")
+    engines: list[ServedEngine] = Field(min_length=1, max_length=64, description="At least one; all load at the start.")
     backend: BackendConfig = Field(default_factory=BackendConfig, description="For engines that name none.")
     control_plane: ControlPlaneSettings = Field(default_factory=ControlPlaneSettings)
     default_model: str | None = Field(default=None, description="Answers calls that name no model; else the first.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,25 +18,31 @@ if TYPE_CHECKING:
 
 CALLER = "sagellm.caller"  # in an ASGI scope
 
+# The status that is noted for a call whose client left before an answer began.
+CLIENT_LEFT = 499
+
 
 @dataclass(slots=True)
 class Caller:
-    """Who calls, what for, and what its headers ask; filled by the middlewares, outermost first."""
+    """Who calls, what for, what its headers ask and how it went; filled by the middlewares, outermost first."""
 
     request_id: str  # sent back as `x-request-id`
     trace_id: str  # of the W3C trace context, or a fresh one
     key_name: str | None = None  # the API key's name: the tenant
     is_admin: bool = False  # whether the key may use /admin
+    headers: Mapping[bytes, bytes] = field(default_factory=dict)  # of the call; of a name sent twice the last
     priority: RequestPriority | None = None  # x-priority
     slo: SLO | None = None  # x-slo-ttft-ms, x-slo-tpot-ms, x-slo-deadline-ms
-    traceparent: str | None = None  # the W3C header that `trace_id` is of
     answer_headers: list[tuple[bytes, bytes]] = field(default_factory=list)  # what the middlewares add to the answer
     limits: RateLimits | None = None  # the key's own, instead of those that all keys have
     windows: tuple[Window | None, Window | None] = (None, None)  # of requests and of tokens, for the answer's headers
     meters: tuple[Meter, ...] = ()  # those that count this caller's tokens
     num_prompt_tokens: int = 0  # of all engine requests that this call has caused so far
     num_output_tokens: int = 0
-    prompts: list[str] = field(default_factory=list)  # for the access log, where it may hold them
+    prompts: tuple[str, ...] = ()  # for the access log, where it may hold them
+    started_at: float = 0.0  # of the clock `time.perf_counter`
+    answered_at: float | None = None  # when its answer began
+    status: int = CLIENT_LEFT  # of its answer
 
 
 # The call that the running task serves, for what stands between the routes and the control plane.

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sagellm_core.embedding import EMBEDDINGS_AT_ONCE, Inputs, embedding_requests, execute_all
-from sagellm_gateway.calls import for_caller
 from sagellm_gateway.errors import naming
 from sagellm_gateway.streams import cut_off
 from sagellm_protocol import Request, Response, Usage
 
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
-    from sagellm_gateway.context import Caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,6 @@ class Embeddings:
 
 async def embed(
     gateway: Gateway,
-    caller: Caller,
     inputs: Inputs,
     *,
     model: str,
@@ -35,9 +32,11 @@ async def embed(
     field: str = "input",
 ) -> Embeddings:
     """The vectors of `inputs`, which stand in the field `field` of the call; the first error is raised."""
-    made = embedding_requests(inputs, model=model, dimensions=dimensions, truncate_prompt_tokens=truncate_prompt_tokens)
-    requests = [for_caller(request, caller) for request in made]
-    places = {request.request_id: f"{field}[{i}]" if len(made) > 1 else field for i, request in enumerate(requests)}
+    requests = embedding_requests(
+        inputs, model=model, dimensions=dimensions, truncate_prompt_tokens=truncate_prompt_tokens
+    )
+    has_several = len(requests) > 1
+    places = {request.request_id: f"{field}[{i}]" if has_several else field for i, request in enumerate(requests)}
 
     async def execute(request: Request) -> Response:
         with naming({"prompt": places[request.request_id]}):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from sagellm_control_plane import ControlPlaneManager, EngineState
-from sagellm_control_plane.engines import Engine
 from sagellm_control_plane.manager import local_engine
 from sagellm_core.addresses import is_loopback
 from sagellm_core.command import print_quietly
-from sagellm_core.config import BackendConfig, EngineConfig, LLMEngineConfig
+from sagellm_core.config import BackendConfig, EngineConfig
 from sagellm_core.server_panel import ServerPanel, engine_rows, url_to_call
 from sagellm_core.server_registry import registered
 from sagellm_gateway.app import Gateway
-from sagellm_gateway.config_file import ControlPlaneSettings, read_gateway_file
-from sagellm_gateway.options import EnginesFlags, ServerFlags
+from sagellm_gateway.config_file import ControlPlaneSettings, ServedEngine, read_gateway_file
+from sagellm_gateway.options import ControlPlaneFlags, EnginesFlags, ServerFlags
+from sagellm_gateway.placement import MakeEngine, engine_maker, replicated, shared_out
 from sagellm_gateway.serving import run_gateway
 from sagellm_gateway.settings import GatewaySettings, parse_settings
-from sagellm_protocol import InvalidArgumentError
+from sagellm_protocol import InvalidArgumentError, parse
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,25 @@ class Plan:
     name: str | None = None  # for `sage-llm stop`
 
 
-def make_plan(engines: EnginesFlags, server: ServerFlags, *, backend: BackendConfig, engine: EngineConfig) -> Plan:
+def make_plan(
+    engines: EnginesFlags,
+    control: ControlPlaneFlags,
+    server: ServerFlags,
+    *,
+    backend: BackendConfig,
+    engine: EngineConfig,
+) -> Plan:
     """The plan of a command line; `engine` on `backend` is served where it names neither a file nor a model.
 
     Raises `InvalidArgumentError` that names flag or file, line and field.
     """
-    policies = {"scheduling_policy": engines.scheduling_policy, "routing_policy": engines.routing_policy}
-    given: dict[str, Any] = {name: value for name, value in policies.items() if value is not None}
     if engines.config is None:
         models = [EngineConfig(model=model) for model in engines.model or []]
         return Plan(
             settings=parse_settings(server.over({}), what="command line"),
             engines=models or [engine],
             backend=backend if engines.backend is None else BackendConfig(kind=engines.backend),
-            control_plane=ControlPlaneSettings(**given),
+            control_plane=parse(ControlPlaneSettings, control.over({}), what="command line"),
             name=server.name,
         )
     if engines.model or engines.backend:
@@ -59,30 +65,37 @@ def make_plan(engines: EnginesFlags, server: ServerFlags, *, backend: BackendCon
         settings=parse_settings(server.over(sections), what=str(engines.config)),
         engines=file.engines,
         backend=file.backend,
-        control_plane=ControlPlaneSettings(**{**file.control_plane.given(), **given}),
+        control_plane=parse(
+            ControlPlaneSettings, control.over(file.control_plane.model_dump(exclude_unset=True)), what="command line"
+        ),
         default_model=file.default_model,
         name=server.name,
     )
 
 
-def launch(plan: Plan, *, make_engine: Callable[[LLMEngineConfig], Engine] = local_engine) -> None:
-    """Load the plan's engines and serve them until Ctrl-C or SIGTERM."""
-    manager = ControlPlaneManager(
-        backend_config=plan.backend,
-        engine_configs=plan.engines,
-        make_engine=make_engine,
-        **plan.control_plane.model_dump(),
-    )
+def launch(plan: Plan, *, make_engine: MakeEngine = local_engine) -> None:
+    """Load the plan's engines and serve them until Ctrl-C or SIGTERM; `make_engine` makes those of this process."""
+    control = plan.control_plane
     models = list(dict.fromkeys(engine.model for engine in plan.engines))
-    gateway = Gateway(manager, default_model=plan.default_model or models[0], settings=plan.settings)
     with ExitStack() as stack:
+        manager = ControlPlaneManager(
+            backend_config=plan.backend,
+            config=control,
+            make_engine=stack.enter_context(engine_maker(control.place, make_engine, control.state)),
+            state=control.state,
+        )
+        most = {model: scaling.max_replicas for model, scaling in control.autoscaling.items()}
+        for engine in shared_out(replicated(plan.engines, control.replicas), control.place, most):
+            manager.register_config(engine, **(engine.instance_fields() if isinstance(engine, ServedEngine) else {}))
+        gateway = Gateway(manager, default_model=plan.default_model or models[0], settings=plan.settings)
 
         def announce(url: str) -> None:
             call = url_to_call(url)
             name = stack.enter_context(registered(kind="gateway", url=call, models=models, name=plan.name))
             panel(gateway, models, call, name).show()
 
-        print_quietly(f"Loading {', '.join(models)} …")
+        times = f", {control.replicas} engines each" if control.replicas > 1 else ""
+        print_quietly(f"Loading {', '.join(models)}{times} …")
         run_gateway(gateway, announce=announce)
     print_quietly("Stopped.")
 
@@ -92,7 +105,7 @@ def panel(gateway: Gateway, models: Sequence[str], url: str, name: str | None) -
     settings, manager = gateway.settings, gateway.manager
     ready = [info.engine_id for info in manager.list_engines() if info.state is EngineState.READY]
     failed = [(info.model, f"not loaded: {info.error}") for info in manager.list_engines() if info.error is not None]
-    engines = [_described(manager, engine_id) for engine_id in ready]
+    engines = _described(manager, ready)
     path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'
     if engines and all(engine.get("is_embedding") for engine in engines):
         path, body = "embeddings", '{"input": "Hello"}'
@@ -111,9 +124,17 @@ def panel(gateway: Gateway, models: Sequence[str], url: str, name: str | None) -
     )
 
 
-def _described(manager: ControlPlaneManager, engine_id: str) -> dict[str, Any]:
-    """What the engine says of itself, under the name that clients ask for."""
-    return {**manager.get_engine_details(engine_id), "model": manager.get_engine(engine_id).model}
+def _described(manager: ControlPlaneManager, engine_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """What the first engine of each model says of itself, with the name that clients ask for and how many there are."""
+    counts = Counter(manager.model_of(engine_id) for engine_id in engine_ids)
+    first = {manager.model_of(engine_id): engine_id for engine_id in reversed(engine_ids)}
+    return [
+        {
+            **manager.get_engine_details(first[model]),
+            "model": model if count == 1 else f"{model}, {count} engines",
+        }
+        for model, count in counts.items()
+    ]
 
 
 def _key_state(settings: GatewaySettings) -> str:

@@ -1,7 +1,8 @@
-"""The tokens of every request: reserved by estimate before it runs, settled to what it used when it ends.
+"""The requests that calls cause, on their way to the control plane: in whose name they run, and what they use.
 
-Stands between the routes and the control plane, so that no route can forget it. Who calls is `current_caller`. Where
-nobody's tokens are limited it is out of the way: requests pass straight to the manager.
+Every request takes the same way, so that no route can forget a limit: it gets the trace, tenant, priority and SLO of
+the call it serves (`current_caller`); its tokens are reserved by estimate before it runs and settled to what it used
+when it ends. Where nobody's tokens are limited nothing is reserved.
 """
 
 from __future__ import annotations
@@ -9,79 +10,59 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from sagellm_control_plane import ControlPlaneManager
-from sagellm_control_plane.admission import estimate_prompt_tokens
+from sagellm_control_plane.prompts import estimate_prompt_tokens
+from sagellm_core.answers import Answers, Observer
 from sagellm_gateway.context import Caller, current_caller
-from sagellm_protocol import Request, Response, StreamEvent, StreamEventDelta, StreamEventEnd
+from sagellm_gateway.rates import Meter
+from sagellm_protocol import Request, RequestPriority, Response, StreamEvent, StreamEventDelta, StreamEventEnd
+from sagellm_protocol.ids import random_hex
 
 # What is reserved for the answer of a request that doesn't say how long it may be.
 ESTIMATED_OUTPUT_TOKENS = 256
 
 
-@dataclass(slots=True)
-class Reservation:
-    """Tokens that were booked ahead; set `num_used` to what they became."""
-
-    num_used: int
-
-
-class Ledger:
-    """Executes and streams requests of the protocol for whoever calls; see the module.
+class Ledger(Answers):
+    """Executes and streams requests of the protocol for whoever calls, and tells the observers of each that ends.
 
     With `keep_prompts` their texts are noted for the access log.
     """
 
-    def __init__(self, manager: ControlPlaneManager, *, keep_prompts: bool = False) -> None:
+    def __init__(self, manager: ControlPlaneManager, *observers: Observer, keep_prompts: bool = False) -> None:
+        super().__init__(manager.execute_request, manager.stream_request, _note_tokens, *observers)
+        if keep_prompts:
+            self._observers += (_note_prompt,)
         self._manager = manager
-        self._keep_prompts = keep_prompts
 
     async def execute(self, request: Request) -> Response:
-        """As the manager's; raises `ResourceExhaustedError` where its tokens exceed a limit now."""
+        """As `Answers`; raises `ResourceExhaustedError` where its tokens exceed a limit now."""
         caller = current_caller.get()
-        request = _within_deadline(request, caller)
-        if caller is None or not caller.meters:
-            return await self._manager.execute_request(request)
-        with self.reserve(self._estimate(request)) as reservation:
-            response = await self._manager.execute_request(request)
+        if caller is None:
+            return await super().execute(request)
+        request = _in_name_of(caller, request)
+        if not caller.meters:
+            return await super().execute(request)
+        with _reserved(caller.meters, self._estimate(request)) as reservation:
+            response = await super().execute(request)
             reservation.num_used = response.usage.total_tokens
             return response
 
     def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
-        """As the manager's; raises `ResourceExhaustedError` where its tokens exceed a limit now."""
+        """As `Answers`; raises `ResourceExhaustedError` where its tokens exceed a limit now."""
         caller = current_caller.get()
-        request = _within_deadline(request, caller)
-        if caller is None or not caller.meters:
-            return self._manager.stream_request(request)
-        return self._metered(request)
+        if caller is None:
+            return super().stream(request)
+        request = _in_name_of(caller, request)
+        events = super().stream(request)
+        return self._metered(events, caller.meters, request) if caller.meters else events
 
-    def observe(self, request: Request, answer: Response | StreamEventEnd, _: float) -> None:
-        """Note at its caller what a request used; to be told of each that ends."""
-        caller = current_caller.get()
-        if caller is not None:
-            caller.num_prompt_tokens += answer.usage.prompt_tokens
-            caller.num_output_tokens += answer.usage.completion_tokens
-            if self._keep_prompts:
-                caller.prompts.append(_text_of(request))
-
-    @contextmanager
-    def reserve(self, num_tokens: int) -> Iterator[Reservation]:
-        """Book tokens for the caller while the body runs, then what they became; an exception leaves `num_used`."""
-        caller = current_caller.get()
-        meters = () if caller is None else caller.meters
-        for meter in meters:
-            meter.check_tokens(num_tokens)
-        booked = [(meter.tokens, meter.tokens.book(num_tokens)) for meter in meters if meter.tokens is not None]
-        reservation = Reservation(0)
-        try:
-            yield reservation
-        finally:
-            for window, step in booked:
-                window.correct(step, reservation.num_used - num_tokens)
-
-    async def _metered(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
-        with self.reserve(self._estimate(request)) as reservation:
-            async with aclosing(self._manager.stream_request(request)) as events:
+    async def _metered(
+        self, events: AsyncGenerator[StreamEvent, None], meters: tuple[Meter, ...], request: Request
+    ) -> AsyncGenerator[StreamEvent, None]:
+        with _reserved(meters, self._estimate(request)) as reservation:
+            async with aclosing(events):
                 async for event in events:
                     # Counted as it goes: who leaves in the midst has used what was made until then.
                     if isinstance(event, StreamEventDelta):
@@ -101,11 +82,54 @@ class Ledger:
         return estimate_prompt_tokens(request) + num_output_tokens * sampling.n
 
 
-def _within_deadline(request: Request, caller: Caller | None) -> Request:
-    """The request with the caller's deadline, which every caller has, unless it brings limits of its own."""
-    if request.slo is not None or caller is None or caller.slo is None:
-        return request
-    return request.model_copy(update={"slo": caller.slo})
+def _in_name_of(caller: Caller, request: Request) -> Request:
+    """The request with what the call's headers and key say; what the body itself asks for goes before.
+
+    Its id begins with the call's, so that logs can be joined; one that the body names stays. A client may send the same
+    `x-request-id` twice, two running requests may not have the same id.
+    """
+    changes: dict[str, Any] = {"trace_id": caller.trace_id, "tenant": caller.key_name}
+    if "request_id" not in request.model_fields_set:
+        changes["request_id"] = f"{caller.request_id}-{random_hex()[:8]}"
+    if caller.priority is not None and request.priority is RequestPriority.NORMAL:
+        changes["priority"] = caller.priority
+    if request.slo is None:
+        changes["slo"] = caller.slo
+    return request.model_copy(update=changes)
+
+
+@dataclass(slots=True)
+class _Reservation:
+    """Tokens that were booked ahead; set `num_used` to what they became."""
+
+    num_used: int = 0
+
+
+@contextmanager
+def _reserved(meters: tuple[Meter, ...], num_tokens: int) -> Iterator[_Reservation]:
+    """Book tokens while the body runs, then what they became; an exception leaves `num_used`."""
+    for meter in meters:
+        meter.check_tokens(num_tokens)
+    booked = [(meter.tokens, meter.tokens.book(num_tokens)) for meter in meters if meter.tokens is not None]
+    reservation = _Reservation()
+    try:
+        yield reservation
+    finally:
+        for window, step in booked:
+            window.correct(step, reservation.num_used - num_tokens)
+
+
+def _note_tokens(_: Request, answer: Response | StreamEventEnd, __: float) -> None:
+    caller = current_caller.get()
+    if caller is not None:
+        caller.num_prompt_tokens += answer.usage.prompt_tokens
+        caller.num_output_tokens += answer.usage.completion_tokens
+
+
+def _note_prompt(request: Request, _: Response | StreamEventEnd, __: float) -> None:
+    caller = current_caller.get()
+    if caller is not None:
+        caller.prompts += (_text_of(request),)
 
 
 def _text_of(request: Request) -> str:

@@ -12,15 +12,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from sagellm_control_plane import ControlPlaneManager, EngineInfo
+from sagellm_gateway.explanation import event_entry
 from sagellm_protocol import Request, Response, StreamEventEnd
 
 if TYPE_CHECKING:
-    from sagellm_core.engine_core.engine_core import EngineStats
+    from sagellm_core.engine_core.report import EngineStats
 
 WINDOW_S = 300.0
 RATE_S = 10.0
 MAX_REQUESTS = 8192
+NUM_EVENTS = 20  # the last ones
 
 _SAMPLE_EVERY_S = 1.0
 # An engine in the midst of a long step answers later; until then its last figures stand.
@@ -38,6 +42,7 @@ class LiveStats:
         self._manager = manager
         self._clock = clock
         self._started_at = clock()
+        self._process = psutil.Process()
         self._num_requests = 0
         self._num_failed = 0
         self._num_prompt_tokens = 0
@@ -66,13 +71,13 @@ class LiveStats:
     async def snapshot(self) -> dict[str, Any]:
         """The figures of this moment, as plain JSON values. Shares are 0 to 1, times as their names say."""
         await self._sample()
-        infos = self._manager.list_engines()
+        infos, config = self._manager.list_engines(), self._manager.config
         recent = [entry for entry in self._recent if entry[0] >= self._clock() - WINDOW_S]
         return {
             "time": time.time(),
             "uptime_s": self._clock() - self._started_at,
             "models": sorted({info.model for info in infos}),
-            "engines": [engine_entry(info, self._stats.get(info.engine_id)) for info in infos],
+            "engines": [engine_entry(self._manager, info, self._stats.get(info.engine_id)) for info in infos],
             "queue_depth": self._manager.num_waiting,
             "totals": {
                 "requests": self._num_requests,
@@ -84,7 +89,21 @@ class LiveStats:
             "ttft_ms": _percentiles([ttft_ms for _, ttft_ms, _ in recent if ttft_ms > 0]),
             "tpot_ms": _percentiles([tpot_ms for _, _, tpot_ms in recent if tpot_ms > 0]),
             "window_s": WINDOW_S,
+            "policies": {"scheduling": config.scheduling_policy, "routing": config.routing_policy or "adaptive"},
+            "events": [event_entry(event) for event in self._manager.events.recent()[-NUM_EVENTS:]],
+            "process": self._describe_process(),
         }
+
+    def _describe_process(self) -> dict[str, int]:
+        """This process, without engines of their own: what should stay as it is over time."""
+        with self._process.oneshot():
+            return {
+                "pid": self._process.pid,
+                "rss_bytes": self._process.memory_info().rss,
+                "num_files": self._process.num_fds(),
+                "num_threads": self._process.num_threads(),
+                "num_tasks": len(asyncio.all_tasks()),
+            }
 
     async def _sample(self) -> None:
         try:
@@ -112,18 +131,27 @@ class LiveStats:
         }
 
 
-def engine_entry(info: EngineInfo, stats: EngineStats | None) -> dict[str, Any]:
-    """An engine as a JSON object; figures of an engine that is not loaded are zeros."""
+def engine_entry(manager: ControlPlaneManager, info: EngineInfo, stats: EngineStats | None) -> dict[str, Any]:
+    """An engine as a JSON object; figures of an engine that is not loaded are zeros.
+
+    `load` is the share of its places that are taken: of the requests that it may have at the same time.
+    """
+    num_places = manager.get_engine_config(info.engine_id).max_batch_size
     return {
-        "id": info.engine_id,
+        "engine_id": info.engine_id,
         "model": info.model,
         "state": info.state.value,
+        "pid": info.pid,
         "error": info.error,
         "type": info.instance_type.name.lower(),
+        "load": info.num_requests / max(num_places, 1),
         "max_model_len": info.max_model_len,
+        "max_requests": num_places,
         "num_requests": info.num_requests,
+        "num_tokens": info.num_tokens,
         "num_running": stats.num_running if stats else 0,
         "num_waiting": stats.num_waiting if stats else 0,
+        "num_output_tokens": stats.num_output_tokens if stats else 0,
         "kv_usage": stats.kv_usage if stats else 0.0,
         "prefix_hit_rate": stats.prefix_hit_tokens / max(stats.prefix_query_tokens, 1) if stats else 0.0,
         "num_blocks": stats.num_blocks if stats else 0,

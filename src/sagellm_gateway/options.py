@@ -10,19 +10,26 @@ import typer
 
 from sagellm_core.options import Backend, complete_model
 
+MAX_REPLICAS = 64
+
 
 def complete_scheduling_policy(incomplete: str) -> list[str]:
     """The names of the control plane's scheduling policies."""
-    from sagellm_control_plane.policies import POLICIES
+    from sagellm_control_plane.policies import list_policies
 
-    return [name for name in POLICIES if name.startswith(incomplete)]
+    return [name for name in list_policies() if name.startswith(incomplete)]
 
 
 def complete_routing_policy(incomplete: str) -> list[str]:
     """The names of the control plane's routing policies."""
-    from sagellm_control_plane.router import ROUTERS
+    from sagellm_control_plane.routing import list_routers
 
-    return [name for name in ROUTERS if name.startswith(incomplete)]
+    return [name for name in list_routers() if name.startswith(incomplete)]
+
+
+def complete_placement(incomplete: str) -> list[str]:
+    """Where engines may run."""
+    return [name for name in ("local", "process") if name.startswith(incomplete)]
 
 
 @dataclass(frozen=True)
@@ -111,14 +118,49 @@ class EnginesFlags:
         ),
     ] = None
     backend: Backend = None
+
+
+@dataclass(frozen=True)
+class ControlPlaneFlags:
+    """How many engines there are, where they run, and how requests reach them; None leaves a value to the file."""
+
+    replicas: Annotated[
+        int | None, typer.Option(help="Engines of each model. Default: 1.", min=1, max=MAX_REPLICAS)
+    ] = None
+    placement: Annotated[
+        str | None,
+        typer.Option(
+            help="Where engines run: local, in this process, or process, each in a child of its own. "
+            "Default: process where there are replicas.",
+            autocompletion=complete_placement,
+        ),
+    ] = None
     scheduling_policy: Annotated[
         str | None,
         typer.Option(
-            help="fifo, priority, slo_aware, cost_optimized or adaptive (default).",
+            help="Who gets the next free place: fifo, priority, slo_aware, cost_optimized, fair or adaptive (default).",
             autocompletion=complete_scheduling_policy,
         ),
     ] = None
     routing_policy: Annotated[
         str | None,
-        typer.Option(help="adaptive (default), least_loaded or round_robin.", autocompletion=complete_routing_policy),
+        typer.Option(
+            help="Which engine takes a request: adaptive (default), prefix_aware, least_loaded, session and others.",
+            autocompletion=complete_routing_policy,
+        ),
     ] = None
+    state: Annotated[
+        Path | None,
+        typer.Option(help="A file that survives a crash: the next start with it takes over the children that run."),
+    ] = None
+    failover: Annotated[
+        bool | None, typer.Option(help="Let requests of an engine that dies go on elsewhere. Default: yes.")
+    ] = None
+
+    def over(self, data: dict[str, Any]) -> dict[str, Any]:
+        """`data`, the section `control_plane` of a file, with the flags over it."""
+        names = ("replicas", "placement", "scheduling_policy", "routing_policy", "state")
+        for name in names:
+            if (value := getattr(self, name)) is not None:
+                data = _with(data, (name,), value)
+        return data if self.failover is None else _with(data, ("failover", "enabled"), self.failover)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 
 from sagellm_core.serving import ServerOptions, run_server
 from sagellm_gateway.app import Gateway
 from sagellm_gateway.middleware.auth import check_exposure
-from sagellm_gateway.middleware.log import configure_access_log
 from sagellm_gateway.settings import ServerSettings
 
 
@@ -27,7 +27,8 @@ def run_gateway(
     """
     server = gateway.settings.server
     check_exposure(gateway.settings)
-    configure_access_log(gateway.settings.log)
+    if gateway.access_log is not None:
+        gateway.access_log.stream = sys.stderr
     run_server(
         gateway,
         server.host,
@@ -46,6 +47,7 @@ def _options(server: ServerSettings) -> ServerOptions:
         trusted_proxies=server.trusted_proxies,
         keep_alive_s=server.keep_alive_s,
         header_timeout_s=server.header_timeout_s,
+        body_timeout_s=server.body_timeout_s,
         send_timeout_s=server.send_timeout_s,
         max_header_bytes=server.max_header_bytes,
         drain_delay_s=server.drain_delay_s,

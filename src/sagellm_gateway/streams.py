@@ -1,6 +1,6 @@
 """Streams of the APIs whose messages have frames and error messages of their own.
 
-A `PieceWriter` turns the pieces of an answer into bytes that are complete, frames included; `written` runs one over a
+A `FramingWriter` turns the pieces of an answer into bytes that are complete, frames included; `written` runs one over a
 stream of pieces. What fails before the first byte is raised and becomes a status; after it, the writer tells the error
 in its API's way and the stream ends.
 """
@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from starlette.types import Message, Receive, Scope, Send
 
 from sagellm_core.http import EventStream, unexpected_error
 from sagellm_gateway.pieces import ChoiceEnd, Piece
+from sagellm_gateway.writing import PieceWriter
 from sagellm_protocol import SageLLMError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
 
-class PieceWriter(Protocol):
-    """Writes one answer in the form of an API."""
+class FramingWriter(PieceWriter):
+    """Writes messages with their frames."""
 
-    def write(self, piece: Piece) -> bytes:
-        """The messages for a piece, framed; empty where there is nothing to say."""
-        ...
-
+    @abstractmethod
     def fail(self, error: SageLLMError) -> bytes:
         """The messages that end the answer with an error."""
-        ...
 
 
 class FramedEvents(EventStream):
@@ -91,7 +89,7 @@ class JsonLines(FramedEvents):
     media_type = "application/x-ndjson"
 
 
-async def written(pieces: AsyncGenerator[Piece, None], writer: PieceWriter) -> AsyncGenerator[bytes, None]:
+async def written(pieces: AsyncGenerator[Piece, None], writer: FramingWriter) -> AsyncGenerator[bytes, None]:
     """What `writer` writes of `pieces`, which are closed in the end."""
     has_begun = False
     try:

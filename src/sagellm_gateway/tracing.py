@@ -8,6 +8,7 @@ is told of the requests that ran meanwhile.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -55,13 +56,17 @@ current_trace: ContextVar[CallTrace | None] = ContextVar("current_trace", defaul
 class Tracing:
     """Makes spans and sends them from a thread of its own; raises `UnsupportedError` where the extra is missing."""
 
-    def __init__(self, settings: TracingSettings) -> None:
+    def __init__(
+        self, settings: TracingSettings, explain: Callable[[str], dict[str, Any]] = lambda request_id: {}
+    ) -> None:
+        """`explain` gives further attributes of a request, by its id."""
         try:
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
         except ImportError as error:
             raise UnsupportedError("traces need OpenTelemetry; install it: pip install 'isagellm[otel]'") from error
+        self._explain = explain
         assert settings.endpoint is not None, "without an endpoint there are no traces"
         resource = Resource.create({"service.name": settings.service_name, "service.version": __version__})
         sampler = ParentBased(TraceIdRatioBased(settings.sample_ratio))
@@ -87,7 +92,7 @@ class Tracing:
             answer.finish_reason.value
         ]
         if not trace.attributes:
-            trace.attributes = _request_attributes(request)
+            trace.attributes = {**_request_attributes(request), **self._explain(request.request_id)}
             if answer.metrics.ttft_ms:
                 trace.attributes["gen_ai.response.time_to_first_chunk"] = answer.metrics.ttft_ms / 1e3 + waited_s
         if answer.error is not None:

@@ -76,7 +76,7 @@ async def test_stats_tell_what_happened(client: httpx.AsyncClient) -> None:
     assert data["queue_depth"] == 0
     assert data["models"] == ["m"]
     engine = data["engines"][0]
-    assert (engine["id"], engine["state"], engine["num_blocks"]) == ("engine-0", "ready", 8)
+    assert (engine["engine_id"], engine["state"], engine["num_blocks"]) == ("engine-0", "ready", 8)
     assert engine["error"] is None
 
 
@@ -135,7 +135,7 @@ async def test_the_stream_of_stats_goes_on_until_its_reader_leaves(app: Gateway)
         reader.scope["headers"] = [(b"host", b"localhost")]
         await until_slow(lambda: sum(b"data: " in message.get("body", b"") for message in reader.sent) >= 2)
         first = next(message["body"] for message in reader.sent if message.get("body"))
-        assert json.loads(first.removeprefix(b"data: "))["engines"][0]["id"] == "engine-0"
+        assert json.loads(first.removeprefix(b"data: "))["engines"][0]["engine_id"] == "engine-0"
         reader.leave()
         await reader.done
 
@@ -173,10 +173,10 @@ def a_call(app: Gateway, caller: Caller) -> HttpRequest:
 async def test_an_engine_is_added_and_taken_away(client: httpx.AsyncClient, app: Gateway, made: Made) -> None:
     answer = await client.post("/admin/engines", json={"model": "m", "engine_id": "second"})
     assert answer.status_code == 202, answer.text
-    assert answer.json()["id"] == "second"
+    assert answer.json()["engine_id"] == "second"
     await until(lambda: app.manager.get_engine("second").state is EngineState.READY)
     data = (await client.get("/admin/engines")).json()
-    assert [entry["id"] for entry in data["engines"]] == ["engine-0", "second"]
+    assert [entry["engine_id"] for entry in data["engines"]] == ["engine-0", "second"]
     assert data["models"] == ["m"]
     assert (await client.delete("/admin/engines/second")).status_code == 202
     await until(lambda: len(app.manager.list_engines()) == 1)

@@ -10,6 +10,7 @@ import pytest
 
 from asgi_client import LeavingClient, client_of, read_events, until
 from fake_engine import FakeEngine
+from live_server import serving
 from sagellm_control_plane import ControlPlaneManager, EngineConfig
 from sagellm_gateway import create_app
 from sagellm_gateway.app import Gateway
@@ -181,6 +182,25 @@ async def test_models(client: httpx.AsyncClient) -> None:
     assert [(card["id"], card["object"], card["max_model_len"]) for card in data["data"]] == [("m", "model", 64)]
     assert (await client.get("/v1/models/m")).json() == data["data"][0]
     assert (await client.get("/v1/models/no/such")).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/version", "/v1/models", "/v1/models/m", "/docs", "/page/icon.svg"])
+async def test_what_can_be_got_can_be_asked_for_its_head(app: Gateway, path: str) -> None:
+    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+        head, got = await client.head(path), await client.get(path)  # over one connection: nothing stays in it
+        assert (head.status_code, head.content) == (got.status_code, b"") == (200, b"")
+        for name in ("content-type", "content-length"):
+            assert head.headers[name] == got.headers[name]
+
+
+async def test_what_cannot_be_got_has_no_head(client: httpx.AsyncClient) -> None:
+    missing, refused = await client.head("/no/such"), await client.head(CHAT)
+    assert (missing.status_code, missing.content) == (404, b"")
+    assert (refused.status_code, refused.content, refused.headers["allow"]) == (405, b"", "POST")
+    assert (await client.post("/health")).headers["allow"] == "GET, HEAD"
+    page = (await client.get("/metrics")).text
+    assert f'http_requests_total{{handler="{CHAT}",method="HEAD",status="405"}}' not in page
+    assert 'http_requests_total{handler="other",method="HEAD",status="404"} 1' in page
 
 
 async def test_a_model_name_may_hold_slashes() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from sagellm_gateway.chat_plan import ChatPlan, ChatPlanner
-from sagellm_gateway.context import Caller
 from sagellm_gateway.pieces import ChoiceEnd, ReasoningPiece, TextPiece, ToolCallPiece
 from sagellm_protocol import InvalidArgumentError, ModelDescription, UnsupportedError
 from sagellm_protocol.openai import ChatCompletionRequest
@@ -49,7 +48,7 @@ def planner(chat_template: str | None, prompt: str = "") -> ChatPlanner:
 
 async def plan(chat_template: str | None, prompt: str = "", **body: Any) -> ChatPlan:
     call = ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "Hi"}], **body})
-    return await planner(chat_template, prompt).plan(call, Caller("r", "t"))
+    return await planner(chat_template, prompt).plan(call)
 
 
 def grammar_of(made: ChatPlan) -> str:
@@ -112,8 +111,20 @@ async def test_the_model_is_asked_once() -> None:
         {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "tools": [WEATHER], "tool_choice": "required"}
     )
     for _ in range(3):
-        await asked.plan(call, Caller("r", "t"))
+        await asked.plan(call)
     assert asked._gateway.manager.num_calls == 5  # four marks and one prompt
+
+
+async def test_a_model_that_comes_to_anothers_name_is_asked_anew() -> None:
+    asked = planner(QWEN3)
+    call = ChatCompletionRequest.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "tools": [WEATHER], "tool_choice": "required"}
+    )
+    await asked.plan(call)
+    asked._gateway.manager = Manager(R1, "<think>\n")  # type: ignore[assignment]
+    made = await asked.plan(call)
+    assert made.opens_thought
+    assert asked._gateway.manager.num_calls == 5
 
 
 async def test_the_reader_parts_thoughts_text_and_calls() -> None:

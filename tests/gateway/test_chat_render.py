@@ -48,8 +48,8 @@ USAGE_BODY = {
 def messages(include_usage: bool) -> list[dict[str, Any]]:
     writer = ChunkWriter("m", num_choices=2, include_usage=include_usage)
     written = [writer.write(piece) for piece in PIECES]
-    assert all(b"\n" not in message for message in written if message is not None)
-    return [json.loads(message) for message in written if message is not None]
+    assert all(b"\n" not in message for message in written)
+    return [json.loads(message) for message in written if message]
 
 
 def test_a_whole_answer() -> None:

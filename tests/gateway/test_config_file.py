@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from sagellm_control_plane import ExecutionInstanceType
 from sagellm_core.config import BackendConfig, EngineConfig
-from sagellm_gateway.config_file import GatewayFile, read_gateway_file
+from sagellm_gateway.config_file import GatewayFile, ServedEngine, read_gateway_file
 from sagellm_gateway.launch import make_plan
-from sagellm_gateway.options import EnginesFlags, ServerFlags
+from sagellm_gateway.options import ControlPlaneFlags, EnginesFlags, ServerFlags
 from sagellm_gateway.settings import GatewaySettings
 from sagellm_protocol import InvalidArgumentError, NotFoundError
 
@@ -43,9 +44,17 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def plan_of(engines: EnginesFlags | None = None, server: ServerFlags | None = None) -> Any:
+def plan_of(
+    engines: EnginesFlags | None = None, server: ServerFlags | None = None, control: ControlPlaneFlags | None = None
+) -> Any:
     own = EngineConfig(model="configured")
-    return make_plan(engines or EnginesFlags(), server or ServerFlags(), backend=BackendConfig(kind="cpu"), engine=own)
+    return make_plan(
+        engines or EnginesFlags(),
+        control or ControlPlaneFlags(),
+        server or ServerFlags(),
+        backend=BackendConfig(kind="cpu"),
+        engine=own,
+    )
 
 
 def test_a_file_holds_engines_and_settings(file: Path) -> None:
@@ -60,17 +69,18 @@ def test_the_example_says_the_defaults() -> None:
     read, sections = read_gateway_file(EXAMPLE)
     assert GatewaySettings(**sections) == GatewaySettings()
     assert read.backend == BackendConfig()
-    assert read.control_plane == GatewayFile(engines=[EngineConfig()]).control_plane
+    assert read.control_plane == GatewayFile(engines=[ServedEngine()]).control_plane
     assert {engine.model for engine in read.engines} == {"builtin", "builtin-int8"}
 
 
 def test_flags_win_over_the_file(file: Path) -> None:
     server = ServerFlags(port=0, requests_per_minute=5, api_key=["sk-sage-0123456789abcdef"], access_log="off")
-    plan = plan_of(EnginesFlags(config=file, scheduling_policy="fifo"), server)
+    plan = plan_of(EnginesFlags(config=file), server, ControlPlaneFlags(scheduling_policy="fifo", replicas=2))
     assert (plan.settings.server.port, plan.settings.log.access) == (0, "off")
     assert plan.settings.limits.per_key.requests_per_minute == 5
     assert [key.name for key in plan.settings.auth.keys] == ["command-line-1"]
     assert (plan.control_plane.scheduling_policy, plan.control_plane.max_num_waiting) == ("fifo", 7)
+    assert (plan.control_plane.replicas, plan.control_plane.place) == (2, "process")
     assert plan.default_model == "builtin"
 
 
@@ -80,6 +90,48 @@ def test_without_a_file_the_flags_or_the_configuration_decide() -> None:
     assert [engine.model for engine in plan.engines] == ["a", "b"]
     assert plan.backend == BackendConfig(kind="cuda")
     assert plan.settings == GatewaySettings()
+
+
+def test_the_control_plane_is_told_by_flags() -> None:
+    control = ControlPlaneFlags(placement="local", replicas=3, routing_policy="session", failover=False)
+    settings = plan_of(control=control).control_plane
+    assert (settings.place, settings.replicas, settings.routing_policy) == ("local", 3, "session")
+    assert not settings.failover.enabled
+    assert settings.scheduling_policy == "adaptive"
+    assert plan_of().control_plane.place == "local"
+    for wrong in (ControlPlaneFlags(placement="cloud"), ControlPlaneFlags(routing_policy="nearest")):
+        with pytest.raises(InvalidArgumentError, match=r"placement|routing_policy"):
+            plan_of(control=wrong)
+
+
+def test_the_control_plane_is_told_by_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(
+        "engines:\n"
+        "  - {model: a, role: prefill, location: zone/rack, price_per_hour: 2.5}\n"
+        "  - {model: a, role: decode}\n"
+        "control_plane:\n"
+        "  pd: {prefilling_threshold_input_tokens: 100}\n"
+        "  failover: {max_moves: 3}\n"
+        "  quotas: {default: {max_concurrent: 4}, tenants: {ada: {tokens_per_minute: 9}}}\n"
+        "  lifecycle: {idle_unload_s: 60, breaker: {open_s: 2}}\n"
+        "  policy_options: {}\n"
+        "  autoscaling: {a: {max_replicas: 4, ttft_ms: 300}}\n"
+        "  state: engines.db\n",
+        encoding="utf-8",
+    )
+    plan = plan_of(EnginesFlags(config=path), control=ControlPlaneFlags(failover=False))
+    fields = plan.engines[0].instance_fields()
+    assert (fields["instance_type"], fields["location"]) == (ExecutionInstanceType.PREFILLING, "zone/rack")
+    control = plan.control_plane
+    assert control.pd is not None
+    assert control.pd.prefilling_threshold_input_tokens == 100
+    assert (control.failover.enabled, control.failover.max_moves) == (False, 3)
+    assert control.quotas.of("ada").tokens_per_minute == 9
+    assert control.lifecycle.breaker.open_s == 2
+    assert control.state == Path("engines.db")
+    assert control.autoscaling["a"].max_replicas == 4
+    assert control.place == "process"
 
 
 def test_engines_stand_in_one_place(file: Path) -> None:

@@ -69,7 +69,7 @@ async def test_a_wrong_method_is_told_all_right_ones() -> None:
     manager = ControlPlaneManager()
     manager.register_engine(FakeEngine(), engine_id="fake", model="m")
     async with client_of(create_app(manager)) as client:
-        for path, methods in (("/sessions/x", "DELETE, GET, PATCH"), ("/v1/chat/completions", "POST")):
+        for path, methods in (("/sessions/x", "DELETE, GET, HEAD, PATCH"), ("/v1/chat/completions", "POST")):
             answer = await client.put(path)
             assert (answer.status_code, answer.headers["allow"]) == (405, methods)
             assert answer.json()["error"]["message"].startswith(f"{path} takes {methods}, not PUT")

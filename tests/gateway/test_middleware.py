@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -378,16 +378,18 @@ async def test_not_ready_without_an_engine() -> None:
 # ---- the log ------------------------------------------------------------------------------------------
 
 
-async def lines_of(caplog: pytest.LogCaptureFixture, **log: Any) -> list[str]:
-    caplog.set_level(logging.INFO, "sagellm.access")
+async def lines_of(**log: Any) -> list[str]:
+    written = io.StringIO()
     async with site(log=log, auth={"keys": [ADA]}) as here:
+        if here.app.access_log is not None:
+            here.app.access_log.stream = written
         await here.post(KEY, text="my secret", headers={"x-request-id": "one"})
         await here.client.get("/v1/models/a%0Ab?token=hidden", headers={"x-request-id": "two"})
-    return [record.getMessage() for record in caplog.records if record.name == "sagellm.access"]
+    return written.getvalue().splitlines()
 
 
-async def test_a_json_line_a_request(caplog: pytest.LogCaptureFixture) -> None:
-    first, second = map(json.loads, await lines_of(caplog, access="json"))
+async def test_a_json_line_a_request() -> None:
+    first, second = map(json.loads, await lines_of(access="json"))
     assert (first["request_id"], first["key"], first["method"], first["path"]) == ("one", "ada", "POST", CHAT)
     assert (first["status"], first["prompt_tokens"], first["output_tokens"]) == (200, 2, 3)
     assert 0 <= first["first_byte_ms"] <= first["duration_ms"]
@@ -395,8 +397,8 @@ async def test_a_json_line_a_request(caplog: pytest.LogCaptureFixture) -> None:
     assert (second["status"], second["path"], second["key"]) == (401, "/v1/models/a%0Ab", None)
 
 
-async def test_a_text_line_a_request(caplog: pytest.LogCaptureFixture) -> None:
-    lines = await lines_of(caplog, access="text")
+async def test_a_text_line_a_request() -> None:
+    lines = await lines_of(access="text")
     assert len(lines) == 2
     assert " POST /v1/chat/completions 200 " in lines[0]
     assert " request_id=one client=127.0.0.1 first_byte_ms=" in lines[0]
@@ -404,10 +406,10 @@ async def test_a_text_line_a_request(caplog: pytest.LogCaptureFixture) -> None:
     assert not any("secret" in line or "hidden" in line or "\n" in line for line in lines)
 
 
-async def test_prompts_only_if_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    lines = await lines_of(caplog, access="json", prompts=True)
+async def test_prompts_only_if_asked_for() -> None:
+    lines = await lines_of(access="json", prompts=True)
     assert json.loads(lines[0])["prompts"] == ["user: my secret"]
 
 
-async def test_no_line_if_switched_off(caplog: pytest.LogCaptureFixture) -> None:
-    assert await lines_of(caplog, access="off") == []
+async def test_no_line_if_switched_off() -> None:
+    assert await lines_of(access="off") == []

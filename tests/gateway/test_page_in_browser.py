@@ -688,6 +688,8 @@ async def test_the_dashboard_shows_live_figures(visit: Visit, url: str) -> None:
     engine = visit.page.locator(".engine")
     await expect(engine).to_contain_text("scripted")
     await expect(engine.locator(".state")).to_have_text("ready")
+    await expect(engine).to_contain_text("Places taken")
+    await expect(visit.page.locator(".events li").first).to_contain_text("engine-0")
     first = await cards.nth(0).locator(".line-0").get_attribute("d")
     await visit.page.wait_for_timeout(2500)
     assert await cards.nth(0).locator(".line-0").get_attribute("d") != first, "it stands still"
@@ -719,3 +721,16 @@ async def test_the_built_in_model_answers_and_nothing_leaves_the_host(visit: Vis
         await expect(visit.page.locator(".card").nth(3).locator(".unit")).to_have_text(re.compile("m?s"))
         assert visit.hosts == {httpx.URL(process.url).netloc.decode()}
         assert visit.complaints == []
+
+
+async def test_the_apis_document_is_shown_and_tried_without_the_internet(visit: Visit, url: str) -> None:
+    await visit.page.goto(f"{url}/docs")
+    operation = visit.page.locator("#operations-OpenAI-chat_completions_v1_chat_completions_post")
+    await expect(operation).to_contain_text("/v1/chat/completions")
+    version = visit.page.locator("#operations-sageLLM-version_version_get")
+    await version.click()
+    await version.get_by_role("button", name="Try it out").click()
+    await version.get_by_role("button", name="Execute").click()
+    await expect(version.locator(".live-responses-table")).to_contain_text("200")
+    assert visit.complaints == []
+    assert visit.hosts == {httpx.URL(url).netloc.decode()}

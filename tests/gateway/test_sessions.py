@@ -212,6 +212,20 @@ async def test_an_answer_that_was_cut_short_is_kept_as_far_as_it_came(
     assert engine.cancelled
 
 
+async def test_who_leaves_in_the_midst_may_have_deleted_the_session(
+    client: httpx.AsyncClient, app: Gateway, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    session_id = await begin(client)
+    body = {"model": "m", "session_id": session_id, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    caller = LeavingClient(app, CHAT, {**body, "max_tokens": 4000})
+    await until(lambda: len(caller.sent) > 3)
+    assert (await client.delete(f"/sessions/{session_id}")).status_code == 200
+    caller.leave()
+    await caller.done
+    await until(lambda: not any("remember" in str(task.get_coro()) for task in app.tasks))
+    assert not caplog.records
+
+
 async def test_clearing_keeps_the_session_and_what_was_asked_to_stay(client: httpx.AsyncClient) -> None:
     messages = [{"role": "user", "content": text} for text in "abc"]
     session_id = await begin(client, messages=messages)

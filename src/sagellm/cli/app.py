@@ -10,9 +10,16 @@ import typer
 from sagellm.cli.bench_commands import bench
 from sagellm.cli.keys import key
 from sagellm.cli.options import Json, RemoteFlags, SamplingFlags, System, complete_server
+from sagellm.cli.plan import PlanFlags, plan_command
+from sagellm.cli.simulate import (
+    SimulatedEngineFlags,
+    SimulatedLoadFlags,
+    SimulatedPolicyFlags,
+    simulate_command,
+)
 from sagellm_core.command import run_app
-from sagellm_core.options import EngineFlags, with_flags
-from sagellm_gateway.options import EnginesFlags, ServerFlags
+from sagellm_core.options import EngineFlags, complete_model, with_flags
+from sagellm_gateway.options import ControlPlaneFlags, EnginesFlags, ServerFlags
 
 # Plain help texts: Rich alone would cost half of the time that `--help` may take.
 app = typer.Typer(
@@ -92,25 +99,26 @@ def chat(engine: EngineFlags, sampling: SamplingFlags, remote: RemoteFlags, syst
 @with_flags
 def serve(
     engine: EngineFlags,
+    control: ControlPlaneFlags,
     server: ServerFlags,
     engine_only: Annotated[bool, typer.Option("--engine-only", help="One engine without the gateway.")] = False,
 ) -> None:
     """Serve a model over the OpenAI API."""
     from sagellm.cli.serve import serve_engine_only, serve_model
 
-    (serve_engine_only if engine_only else serve_model)(engine, server)
+    (serve_engine_only if engine_only else serve_model)(engine, control, server)
 
 
 @app.command()
 @with_flags
-def gateway(engines: EnginesFlags, server: ServerFlags) -> None:
+def gateway(engines: EnginesFlags, control: ControlPlaneFlags, server: ServerFlags) -> None:
     """Serve one or many models.
 
     The engines of `--config FILE`, those of `--model`, or the one that `config.yaml` has.
     """
     from sagellm.cli.serve import serve_many
 
-    serve_many(engines, server)
+    serve_many(engines, control, server)
 
 
 @app.command()
@@ -119,6 +127,28 @@ def ps(json: Json = False) -> None:
     from sagellm.cli.servers import list_command
 
     list_command(as_json=json)
+
+
+@app.command()
+def top(
+    server: Annotated[
+        str | None,
+        typer.Argument(help="Name, port or process id, as `ps` shows them.", autocompletion=complete_server),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Of a server elsewhere.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="An admin key, if it wants one.", envvar="SAGELLM_ADMIN_KEY")] = (
+        None
+    ),
+    interval: Annotated[float, typer.Option(help="Seconds between two pictures.", min=0.1)] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
+) -> None:
+    """Watch a server: engines, queue, rates, latencies.
+
+    Until Ctrl-C; without a terminal it prints one picture.
+    """
+    from sagellm.cli.top import top_command
+
+    top_command(server, url, api_key, interval_s=interval, once=once)
 
 
 @app.command()
@@ -151,6 +181,36 @@ def info(json: Json = False) -> None:
     from sagellm.cli.info import show_info
 
     show_info(as_json=json)
+
+
+@app.command()
+@with_flags
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="Hub id, folder, or config.json; no weights are read.", autocompletion=complete_model),
+    ],
+    gpus: Annotated[str, typer.Option(help="Number and kind of the devices, as 8xH200.")],
+    flags: PlanFlags,
+    json: Json = False,
+) -> None:
+    """Choose how to spread a model over devices.
+
+    By an analytic estimate: tensor, pipeline, data and expert parallel. Nothing is run or downloaded but config.json.
+    """
+    plan_command(model, gpus, flags, as_json=json)
+
+
+@app.command()
+@with_flags
+def simulate(
+    load: SimulatedLoadFlags, engine: SimulatedEngineFlags, policy: SimulatedPolicyFlags, json: Json = False
+) -> None:
+    """Compare routing and scheduling policies over simulated engines.
+
+    The same requests for each, on virtual time, with the objects that serve. Nothing is loaded or sent.
+    """
+    simulate_command(load, engine, policy, as_json=json)
 
 
 @app.command("list")

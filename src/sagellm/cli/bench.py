@@ -47,7 +47,7 @@ def _measure(
     describe: Callable[[LLMEngine, Load, list[TokenTimes]], dict[str, Any]],
     file: Path | None,
 ) -> dict[str, Any]:
-    _check_writable(file)
+    check_writable(file)
     engine = make_engine(
         flags,
         max_batch_size=load.concurrency,
@@ -56,7 +56,7 @@ def _measure(
         max_num_waiting=max(4096, load.requests),
     )
     result = asyncio.run(_run(engine, load, describe))
-    _write(result, file)
+    write_results(result, file)
     return result
 
 
@@ -87,7 +87,7 @@ def bench_kernels(
     """Every op of the op table on this machine, beside the machine's limits and the torch reference."""
     from sagellm_benchmark.kernels import measure_kernels, plan_kernels
 
-    _check_writable(file)
+    check_writable(file)
     plan = plan_kernels(shape, ops=ops, formats=formats, rows=rows, num_threads=num_threads)
     with make_progress() as progress:
         task = progress.add_task("measuring", total=len(plan.cases))
@@ -96,7 +96,7 @@ def bench_kernels(
             progress.update(task, advance=1, description=label)
 
         report = measure_kernels(plan, seconds=seconds, reference=reference, on_case=on_case)
-    _write(report.to_json(), file)
+    write_results(report.to_json(), file)
     console = Console(highlight=False)
     console.print(kernels_table(report))
     limits = report.limits
@@ -196,13 +196,14 @@ def _time(seconds: float) -> str:
 # ---- files --------------------------------------------------------------------------------------------
 
 
-def _check_writable(file: Path | None) -> None:
+def check_writable(file: Path | None) -> None:
     """Say at once, not after minutes of measuring, that the folder is not there."""
     if file is not None and not file.parent.is_dir():
         raise InvalidArgumentError(f"cannot write {file}: there is no folder {file.parent}", field="json")
 
 
-def _write(result: dict[str, Any], file: Path | None) -> None:
+def write_results(result: dict[str, Any], file: Path | None) -> None:
+    """The results as JSON, where a file is wanted; raises `InvalidArgumentError` where it cannot be written."""
     if file is None:
         return
     try:

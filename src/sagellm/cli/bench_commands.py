@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from sagellm.cli.options import JsonFile, LoadFlags, Runs
+from sagellm.cli.options import JsonFile, LoadFlags, Runs, ServeLoadFlags
 from sagellm_core.options import EngineFlags, NumThreads, with_flags
 
 bench = typer.Typer(
-    help="Measure the engine and its kernels on this machine.",
+    help="Measure the engine, its kernels, or a server.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -48,6 +48,24 @@ def throughput(
     from sagellm.cli.bench import bench_throughput
 
     bench_throughput(engine, load.load(requests or concurrency, concurrency, runs), json)
+
+
+@bench.command()
+@with_flags
+def serve(
+    load: ServeLoadFlags,
+    detailed: Annotated[
+        bool, typer.Option("--detailed", help="Write each request's times into the file, too.")
+    ] = False,
+    json: JsonFile = None,
+) -> None:
+    """Load on a running server, as its clients see it.
+
+    Throughput, latencies, goodput under objectives, errors by kind. Any server with OpenAI's API will do.
+    """
+    from sagellm.cli.bench_serve import bench_serve
+
+    bench_serve(load, json, detailed=detailed)
 
 
 @bench.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from sagellm_benchmark import Load
+    from sagellm_benchmark.serve.benchmark import ServeLoad
     from sagellm_protocol import SamplingParams
 
 System = Annotated[str | None, typer.Option(help="System message for chat models.")]
@@ -105,3 +107,94 @@ class LoadFlags:
         from sagellm_benchmark import Load
 
         return Load(self.input_len, self.output_len, num_requests, concurrency, runs, self.warmup, self.seed)
+
+
+def complete_dataset(incomplete: str) -> list[str]:
+    """The kinds of datasets."""
+    return [name for name in ("random", "trace", "file") if name.startswith(incomplete)]
+
+
+def complete_endpoint(incomplete: str) -> list[str]:
+    """The endpoints that are measured."""
+    return [name for name in ("chat", "completions") if name.startswith(incomplete)]
+
+
+@dataclass(frozen=True)
+class ServeLoadFlags:
+    """The load of `bench serve`: which server, what is asked of it, and when."""
+
+    url: Annotated[str, typer.Option("--url", "--base-url", help="Of a server with OpenAI's API.")] = (
+        "http://127.0.0.1:8000"
+    )
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Default: the server's first.")] = None
+    api_key: Annotated[str | None, typer.Option(help="Of that server.", envvar="SAGELLM_API_KEY")] = None
+    endpoint: Annotated[str, typer.Option(help="chat or completions.", autocompletion=complete_endpoint)] = "chat"
+    dataset: Annotated[str, typer.Option(help="random, trace or file.", autocompletion=complete_dataset)] = "random"
+    dataset_path: Annotated[
+        Path | None, typer.Option(help="A trace of Mooncake or Azure, or JSON lines with prompt or messages.")
+    ] = None
+    num_prompts: Annotated[int, typer.Option(help="Requests to send.", min=1)] = 100
+    input_len: Annotated[int, typer.Option(help="Tokens of a random prompt.", min=1)] = 128
+    output_len: Annotated[int, typer.Option(help="Tokens of an answer; a file's lines may differ.", min=1)] = 64
+    length_spread: Annotated[float, typer.Option(help="Random lengths are even in ± this share.")] = 0.0
+    prefix_len: Annotated[int, typer.Option(help="First tokens that all random prompts share.", min=0)] = 0
+    length_scale: Annotated[float, typer.Option(help="Times which the lengths of a trace are taken.")] = 1.0
+    request_rate: Annotated[
+        float | None, typer.Option(help="Requests a second at random; inf is all at once. Default: the trace's times.")
+    ] = None
+    burstiness: Annotated[float, typer.Option(help="1 is a Poisson process, below 1 comes in bursts.")] = 1.0
+    speed: Annotated[float, typer.Option(help="Times as fast as the trace.")] = 1.0
+    max_concurrency: Annotated[int | None, typer.Option(help="Requests on their way at a time.", min=1)] = None
+    slo_ttft: Annotated[float | None, typer.Option(help="Goodput: first token within so many ms.")] = None
+    slo_tpot: Annotated[float | None, typer.Option(help="Goodput: ms for each further token.")] = None
+    slo_latency: Annotated[float | None, typer.Option(help="Goodput: whole answer within so many ms.")] = None
+    slo_headers: Annotated[bool, typer.Option("--slo-headers", help="Tell the server these objectives.")] = False
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Answers of exactly the wanted length; not every server knows the field.")
+    ] = True
+    extra_body: Annotated[str | None, typer.Option(help="Further fields of every body, a JSON object.")] = None
+    warmup: Annotated[int, typer.Option(help="Requests before those that count.", min=0)] = 1
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.", min=0.001)] = 600.0
+    verify_tls: Annotated[bool, typer.Option(help="Refuse certificates that are not valid.")] = True
+    seed: Annotated[int, typer.Option("--seed", help="Of prompts, lengths and times.")] = 0
+
+    def load(self) -> ServeLoad:
+        """What the benchmark runs; raises `InvalidArgumentError`."""
+        from sagellm_benchmark.serve.benchmark import ServeLoad
+        from sagellm_benchmark.serve.prompts import RandomLengths
+        from sagellm_benchmark.serve.report import Objectives
+
+        return ServeLoad(
+            url=self.url,
+            model=self.model,
+            api_key=self.api_key,
+            endpoint=self.endpoint,  # type: ignore[arg-type]  # checked there
+            dataset=self.dataset,  # type: ignore[arg-type]
+            path=self.dataset_path,
+            num_prompts=self.num_prompts,
+            lengths=RandomLengths(self.input_len, self.output_len, self.length_spread, self.prefix_len),
+            length_scale=self.length_scale,
+            rate=self.request_rate,
+            burstiness=self.burstiness,
+            speed=self.speed,
+            max_concurrency=self.max_concurrency,
+            objectives=Objectives(self.slo_ttft, self.slo_tpot, self.slo_latency),
+            objectives_to_server=self.slo_headers,
+            ignore_eos=self.ignore_eos,
+            extra=self._extra(),
+            warmup=self.warmup,
+            timeout_s=self.timeout,
+            verify_tls=self.verify_tls,
+            seed=self.seed,
+        )
+
+    def _extra(self) -> dict[str, Any]:
+        from sagellm_protocol import InvalidArgumentError
+
+        try:
+            value = json.loads(self.extra_body or "{}")
+        except ValueError as error:
+            raise InvalidArgumentError(f"--extra-body is no JSON: {error}; correct it", field="extra_body") from error
+        if not isinstance(value, dict):
+            raise InvalidArgumentError("--extra-body must be a JSON object", field="extra_body")
+        return value

@@ -9,34 +9,39 @@ from sagellm.cli.session import engine_of, make_engine
 from sagellm.config import load_user_config
 from sagellm_core.command import kept_from_collector, print_quietly
 from sagellm_core.options import EngineFlags
-from sagellm_gateway.options import EnginesFlags, ServerFlags
+from sagellm_gateway.options import ControlPlaneFlags, EnginesFlags, ServerFlags
 from sagellm_protocol import InvalidArgumentError
 
 _ENGINE_ONLY = ("host", "port", "name", "tls_cert", "tls_key", "allow_no_key")
 
 
-def serve_model(flags: EngineFlags, server: ServerFlags) -> None:
+def serve_model(flags: EngineFlags, control: ControlPlaneFlags, server: ServerFlags) -> None:
     """Load one model and serve it until Ctrl-C or SIGTERM."""
     config = load_user_config()
     backend, engine = config.backend_and_engine(model=flags.model, backend=flags.backend, **flags.options())
     with kept_from_collector():
         from sagellm_gateway.launch import launch, make_plan
 
-    launch(make_plan(EnginesFlags(), server, backend=backend, engine=engine), make_engine=engine_of)
+    launch(make_plan(EnginesFlags(), control, server, backend=backend, engine=engine), make_engine=engine_of)
 
 
-def serve_many(engines: EnginesFlags, server: ServerFlags) -> None:
+def serve_many(engines: EnginesFlags, control: ControlPlaneFlags, server: ServerFlags) -> None:
     """Load the models of a file or of flags, or the configured one, and serve them."""
     backend, engine = load_user_config().backend_and_engine(backend=engines.backend)
     with kept_from_collector():
         from sagellm_gateway.launch import launch, make_plan
 
-    launch(make_plan(engines, server, backend=backend, engine=engine), make_engine=engine_of)
+    launch(make_plan(engines, control, server, backend=backend, engine=engine), make_engine=engine_of)
 
 
-def serve_engine_only(flags: EngineFlags, server: ServerFlags) -> None:
+def serve_engine_only(flags: EngineFlags, control: ControlPlaneFlags, server: ServerFlags) -> None:
     """Serve one engine's own API: no keys, no limits, no other API."""
-    given = [field.name for field in fields(server) if getattr(server, field.name) not in (None, False, [])]
+    given = [
+        field.name
+        for group in (control, server)
+        for field in fields(group)
+        if getattr(group, field.name) != field.default
+    ]
     if refused := [name for name in given if name not in _ENGINE_ONLY]:
         flag = f"--{refused[0].replace('_', '-')}"
         raise InvalidArgumentError(f"{flag} is for the gateway, which --engine-only leaves out; drop one of them")

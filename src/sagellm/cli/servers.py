@@ -111,7 +111,7 @@ def stop_command(which: str | None, *, stop_all: bool, timeout_s: float) -> None
     if which is not None and stop_all:
         raise InvalidArgumentError("--all stops every server; leave the name out", field="server")
     servers = list_servers()
-    chosen = servers if stop_all else [_find(servers, which)]
+    chosen = servers if stop_all else [find_server(servers, which)]
     if not chosen:
         print_quietly("No server of yours runs on this machine.")
     started_at = time.monotonic()
@@ -125,8 +125,11 @@ def stop_command(which: str | None, *, stop_all: bool, timeout_s: float) -> None
         )
 
 
-def _find(servers: Sequence[ServerRecord], which: str | None) -> ServerRecord:
-    """The server of this name, port or process id; without any of those the only one."""
+def find_server(servers: Sequence[ServerRecord], which: str | None) -> ServerRecord:
+    """The server of this name, port or process id; without any of those the only one.
+
+    Raises `NotFoundError` where there is none, `InvalidArgumentError` where there are several.
+    """
     if which is None:
         found, wanted = list(servers), "no server of yours runs on this machine"
     else:
@@ -137,7 +140,7 @@ def _find(servers: Sequence[ServerRecord], which: str | None) -> ServerRecord:
         raise NotFoundError(wanted, field="server")
     if len(found) > 1:
         names = ", ".join(f"{server.name} (port {server.port})" for server in found)
-        raise InvalidArgumentError(f"several servers run: {names}; name one, or give --all", field="server")
+        raise InvalidArgumentError(f"several servers run: {names}; name one of them", field="server")
     return found[0]
 
 

@@ -6,10 +6,7 @@ made without encoding anything but the text.
 
 from __future__ import annotations
 
-from secrets import token_hex
 from typing import Any
-
-import msgspec
 
 from sagellm_gateway.anthropic.types import MessagesRequest
 from sagellm_gateway.errors import anthropic_error_body
@@ -18,17 +15,16 @@ from sagellm_gateway.pieces import (
     AnswerEnd,
     AnswerStart,
     ChoiceEnd,
-    Piece,
     ReasoningPiece,
     TextPiece,
     ToolCallPiece,
 )
-from sagellm_gateway.streams import PingedEvents
+from sagellm_gateway.streams import FramingWriter, PingedEvents
 from sagellm_gateway.tool_arguments import arguments_object
+from sagellm_gateway.writing import encode
 from sagellm_protocol import SageLLMError, Usage
+from sagellm_protocol.ids import random_hex
 from sagellm_protocol.openai.chat import ChatFinishReason
-
-_encode = msgspec.json.Encoder().encode
 
 _STOP_REASONS: dict[ChatFinishReason, str] = {
     "length": "max_tokens",
@@ -50,10 +46,10 @@ def message_body(call: MessagesRequest, answer: Answer) -> bytes:
         arguments = arguments_object(function.arguments)
         content.append({"type": "tool_use", "id": tool_call.id, "name": function.name, "input": arguments})
     ending = _ending(call, choice.finish_reason, choice.stop_reason, answer.usage)
-    return _encode({**_head(call.model), "content": content, **ending, "usage": _usage(answer.usage)})
+    return encode({**_head(call.model), "content": content, **ending, "usage": _usage(answer.usage)})
 
 
-class EventWriter:
+class EventWriter(FramingWriter):
     """The events of one streamed message."""
 
     def __init__(self, call: MessagesRequest) -> None:
@@ -64,46 +60,52 @@ class EventWriter:
         self._delta_head = b""
         self._end: ChoiceEnd | None = None
 
-    def write(self, piece: Piece) -> bytes:
-        """The events for a piece."""
-        if isinstance(piece, TextPiece):
-            return self._text("text", piece.text)
-        if isinstance(piece, ReasoningPiece):
-            return self._text("thinking", piece.text) if self._shows_thinking else b""
-        if isinstance(piece, ToolCallPiece):
-            return self._tool_call(piece)
-        if isinstance(piece, AnswerStart):
-            return self._start(piece.num_prompt_tokens)
-        if isinstance(piece, ChoiceEnd):
-            self._end = piece
-            return self._close()
-        return self._stop(piece)
-
-    def fail(self, error: SageLLMError) -> bytes:
-        """The event that says what went wrong."""
-        return b"event: error\ndata: %s\n\n" % _encode(anthropic_error_body(error))
-
-    def _start(self, num_prompt_tokens: int) -> bytes:
-        usage = _usage(Usage(prompt_tokens=num_prompt_tokens))
+    def start(self, piece: AnswerStart) -> bytes:
+        """The message without content, and a ping, as the original sends one."""
+        usage = _usage(Usage(prompt_tokens=piece.num_prompt_tokens))
         message = {**_head(self._call.model), "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
         return _event("message_start", {"message": message}) + PingedEvents.ping
 
-    def _text(self, kind: str, text: str) -> bytes:
+    def text(self, piece: TextPiece) -> bytes:
+        """A delta of a block of text."""
+        return self._delta("text", piece.text)
+
+    def reasoning(self, piece: ReasoningPiece) -> bytes:
+        """A delta of a block of thoughts, to who asked for them."""
+        return self._delta("thinking", piece.text) if self._shows_thinking else b""
+
+    def tool_call(self, piece: ToolCallPiece) -> bytes:
+        """A block for each call, its arguments as deltas."""
+        opened = b""
+        if piece.name is not None:
+            opened = self._open("tool_use", {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}})
+        if not piece.arguments:
+            return opened
+        return b"%s%s%s}}\n\n" % (opened, self._delta_head, encode(piece.arguments))
+
+    def choice_end(self, piece: ChoiceEnd) -> bytes:
+        """The end of the block that is open; the reason is told at the end of the message."""
+        self._end = piece
+        return self._close()
+
+    def end(self, piece: AnswerEnd) -> bytes:
+        """Why the message ended, and its figures."""
+        assert self._end is not None, "the choice ends before the answer"
+        delta = _ending(self._call, self._end.finish_reason, self._end.stop_reason, piece.usage)
+        return _event("message_delta", {"delta": delta, "usage": _usage(piece.usage)}) + _event("message_stop", {})
+
+    def fail(self, error: SageLLMError) -> bytes:
+        """The event that says what went wrong."""
+        return b"event: error\ndata: %s\n\n" % encode(anthropic_error_body(error))
+
+    def _delta(self, kind: str, text: str) -> bytes:
         if not text:
             return b""
         opened = b""
         if self._kind != kind:
             block = {"type": kind, kind: ""}
             opened = self._open(kind, {**block, "signature": ""} if kind == "thinking" else block)
-        return b"%s%s%s}}\n\n" % (opened, self._delta_head, _encode(text))
-
-    def _tool_call(self, piece: ToolCallPiece) -> bytes:
-        opened = b""
-        if piece.name is not None:
-            opened = self._open("tool_use", {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}})
-        if not piece.arguments:
-            return opened
-        return b"%s%s%s}}\n\n" % (opened, self._delta_head, _encode(piece.arguments))
+        return b"%s%s%s}}\n\n" % (opened, self._delta_head, encode(text))
 
     def _open(self, kind: str, block: dict[str, Any]) -> bytes:
         closed = self._close()
@@ -121,11 +123,6 @@ class EventWriter:
         self._kind = None
         return _event("content_block_stop", {"index": self._index})
 
-    def _stop(self, end: AnswerEnd) -> bytes:
-        assert self._end is not None, "the choice ends before the answer"
-        delta = _ending(self._call, self._end.finish_reason, self._end.stop_reason, end.usage)
-        return _event("message_delta", {"delta": delta, "usage": _usage(end.usage)}) + _event("message_stop", {})
-
 
 _DELTAS = {
     "text": b'{"type":"text_delta","text":',
@@ -135,7 +132,7 @@ _DELTAS = {
 
 
 def _event(kind: str, fields: dict[str, Any]) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (kind.encode(), _encode({"type": kind, **fields}))
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), encode({"type": kind, **fields}))
 
 
 def _shows_thinking(call: MessagesRequest) -> bool:
@@ -143,7 +140,7 @@ def _shows_thinking(call: MessagesRequest) -> bool:
 
 
 def _head(model: str) -> dict[str, Any]:
-    return {"id": f"msg_{token_hex(16)}", "type": "message", "role": "assistant", "model": model}
+    return {"id": f"msg_{random_hex()}", "type": "message", "role": "assistant", "model": model}
 
 
 def _ending(

@@ -1,46 +1,31 @@
-"""What every call passes on its way to a route and back, outermost first.
+"""What every call passes on its way to a route and back.
 
-Each is a plain ASGI callable made of `(app, gateway)`: no response object, no extra task, microseconds a request.
+Plain ASGI callables made of `(app, gateway)`, the outermost first: `CallContext` says who calls and notes how it went;
+traces and CORS are there only where the settings ask for them; `Door` lets a call in or says why not. None makes a task
+or an object of the answer, and what isn't configured costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
 
-from sagellm_gateway.middleware.auth import KeyCheck, OriginCheck
 from sagellm_gateway.middleware.context import CallContext
 from sagellm_gateway.middleware.cors import allow_origins
-from sagellm_gateway.middleware.log import AccessLog
-from sagellm_gateway.middleware.metrics import HttpMetrics
-from sagellm_gateway.middleware.rates import RateCheck
+from sagellm_gateway.middleware.door import Door
 from sagellm_gateway.middleware.tracing import Traces
-from sagellm_gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
 
-Middleware = Callable[[ASGIApp, "Gateway"], ASGIApp]
-
 
 def chain(app: ASGIApp, gateway: Gateway) -> ASGIApp:
     """`app` behind the middlewares that the gateway's settings ask for."""
-    for middleware in reversed(list(_middlewares(gateway.settings))):
-        app = middleware(app, gateway)
-    return app
-
-
-def _middlewares(settings: GatewaySettings) -> Iterator[Middleware]:
-    yield HttpMetrics
-    if settings.tracing.endpoint is not None:
-        yield Traces
-    # Around the others, so that a page of another origin can read refusals, too.
-    if settings.cors.allow_origins:
-        yield allow_origins
-    if settings.log.access != "off":
-        yield AccessLog
-    yield CallContext
-    yield KeyCheck if settings.auth.keys else OriginCheck
-    yield RateCheck
+    app = Door(app, gateway)
+    # Around the door, so that a page of another origin can read refusals, too.
+    if gateway.settings.cors.allow_origins:
+        app = allow_origins(app, gateway)
+    if gateway.tracing is not None:
+        app = Traces(app, gateway)
+    return CallContext(app, gateway)

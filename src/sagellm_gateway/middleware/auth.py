@@ -12,21 +12,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from sagellm_core.addresses import is_loopback, refuse_exposed
-from sagellm_gateway.context import CALLER, Caller
-from sagellm_gateway.settings import GatewaySettings
+from sagellm_gateway.context import Caller
+from sagellm_gateway.settings import AuthSettings, GatewaySettings
 from sagellm_protocol import PermissionDeniedError, UnauthenticatedError
 
 if TYPE_CHECKING:
-    from sagellm_gateway.app import Gateway
     from sagellm_gateway.keys import ApiKey
 
-_OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/docs", "/redoc", "/openapi.json", "/favicon.ico"})
+_OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/docs", "/openapi.json", "/favicon.ico"})
 _OPEN_PREFIXES = ("/page/", "/docs/")
 _BEARER = b"bearer "
 _MAX_HOST_CHARS = 255
@@ -35,21 +33,18 @@ _MAX_HOST_CHARS = 255
 class KeyCheck:
     """Lets holders of a key through; see the module."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app = app
-        auth = gateway.settings.auth
-        self._keys = {bytes.fromhex(key.hash.removeprefix("sha256:")): key for key in auth.keys}
-        self._open_paths = _OPEN_PATHS | ({"/metrics"} if auth.open_metrics else set())
+    def __init__(self, settings: AuthSettings) -> None:
+        digests = [bytes.fromhex(key.hash.removeprefix("sha256:")) for key in settings.keys]
+        self._keys = {digest: (digest, key) for digest, key in zip(digests, settings.keys, strict=True)}
+        self._open_paths = _OPEN_PATHS | ({"/metrics"} if settings.open_metrics else set())
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI interface."""
-        sent = _sent_key(scope["headers"])
+    def __call__(self, path: str, caller: Caller) -> None:
+        """Fill in whose key `caller` has; raises `UnauthenticatedError`."""
+        sent = _sent_key(caller.headers)
         # A key that is sent counts on open paths, too; a wrong one is never ignored elsewhere.
-        if sent is not None or not self._is_open(scope["path"]):
+        if sent is not None or not self._is_open(path):
             key = self._find(sent)
-            caller: Caller = scope[CALLER]
             caller.key_name, caller.is_admin, caller.limits = key.name, key.admin, key.limits
-        await self._app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
         return path in self._open_paths or path.startswith(_OPEN_PREFIXES)
@@ -58,42 +53,33 @@ class KeyCheck:
         if sent is None:
             raise UnauthenticatedError("an API key is required; send it as `Authorization: Bearer KEY`")
         digest = hashlib.sha256(sent).digest()
-        key = self._keys.get(digest)
+        known = self._keys.get(digest)
         # The table is found by a hash that nobody can steer; what decides takes the same time for every key.
-        known = digest if key is None else bytes.fromhex(key.hash.removeprefix("sha256:"))
-        if key is None or not hmac.compare_digest(digest, known):
+        if known is None or not hmac.compare_digest(digest, known[0]):
             raise UnauthenticatedError("the API key is not known; check it, or ask the operator for a new one")
-        return key
+        return known[1]
 
 
-def _sent_key(headers: list[tuple[bytes, bytes]]) -> bytes | None:
-    for name, value in headers:
-        if name == b"authorization" and value[:7].lower() == _BEARER:
-            return value[7:].strip()
-        if name == b"x-api-key":
-            return value.strip()
-    return None
+def _sent_key(headers: Mapping[bytes, bytes]) -> bytes | None:
+    authorization = headers.get(b"authorization", b"")
+    if authorization[: len(_BEARER)].lower() == _BEARER:
+        return authorization[len(_BEARER) :].strip()
+    key = headers.get(b"x-api-key")
+    return None if key is None else key.strip()
 
 
 class OriginCheck:
     """Keeps other sites' pages out of a gateway without keys; see the module."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app = app
-        settings = gateway.settings
+    def __init__(self, settings: GatewaySettings) -> None:
         self._origins = frozenset(origin.encode().lower() for origin in settings.cors.allow_origins)
         self._hosts: frozenset[str] | None = None
         if is_loopback(settings.server.host):
             self._hosts = frozenset(name.lower() for name in ("localhost", *settings.server.allowed_hosts))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI interface."""
-        host = origin = b""
-        for name, value in scope["headers"]:
-            if name == b"host":
-                host = value
-            elif name == b"origin":
-                origin = value
+    def __call__(self, path: str, caller: Caller) -> None:
+        """Raise `PermissionDeniedError` for what another site's page has sent, whatever it asks for."""
+        host, origin = caller.headers.get(b"host", b""), caller.headers.get(b"origin")
         # Nothing long is remembered: the names come from outside.
         if self._hosts is not None and (len(host) > _MAX_HOST_CHARS or not _is_own_host(host, self._hosts)):
             raise PermissionDeniedError(
@@ -106,7 +92,6 @@ class OriginCheck:
                 "web pages of other origins may not call this gateway; add the origin to cors.allow_origins",
                 field="origin",
             )
-        await self._app(scope, receive, send)
 
     def _may_call(self, origin: bytes, host: bytes) -> bool:
         scheme, _, name = origin.partition(b"://")

@@ -1,4 +1,4 @@
-"""The access log: one line a request, when it is over, to the logger `sagellm.access`.
+"""The access log: one line a call, when it is over, to standard error.
 
 A line says when, who, what, how it ended, how long it took and how many tokens it used; never what was said, unless
 `log.prompts` is set. Values that a client chose are escaped, so that nobody writes lines of their own.
@@ -6,101 +6,97 @@ A line says when, who, what, how it ended, how long it took and how many tokens 
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import re
-import sys
-import time
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
-import msgspec
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
-from sagellm_gateway.context import CALLER, Caller
+from sagellm_gateway.context import Caller
+from sagellm_gateway.dates import utc_now
+from sagellm_gateway.writing import encode
 
-if TYPE_CHECKING:
-    from sagellm_gateway.app import Gateway
-    from sagellm_gateway.settings import LogSettings
-
-logger = logging.getLogger("sagellm.access")
-
-_encode = msgspec.json.Encoder().encode
 _WORD = re.compile(r"[a-zA-Z0-9_.:-]+")
-_CLIENT_LEFT = 499  # before an answer began
+
+# Lines go out together, as writing is what costs most; none waits longer, and no more wait than this.
+_PATIENCE_S = 0.05
+_MAX_WAITING = 1000
 
 
 class AccessLog:
-    """See the module."""
+    """Writes lines to `stream`, once it has one."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app = app
-        self._is_json = gateway.settings.log.access == "json"
+    def __init__(self, *, is_json: bool) -> None:
+        self.stream: TextIO | None = None
+        self._line = _json if is_json else _text
+        self._lines: list[str] = []
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI interface."""
-        if not logger.isEnabledFor(logging.INFO):
-            await self._app(scope, receive, send)
+    def write(self, scope: Scope, caller: Caller, seconds: float) -> None:
+        """Write the line of a call that is over and took so long."""
+        if self.stream is None:
             return
-        started_at = time.perf_counter()
-        status, answered_at = 0, 0.0
+        if not self._lines:
+            asyncio.get_running_loop().call_later(_PATIENCE_S, self.flush)
+        self._lines.append(self._line(scope, caller, seconds))
+        if len(self._lines) >= _MAX_WAITING:
+            self.flush()
 
-        async def send_and_note(message: Message) -> None:
-            nonlocal status, answered_at
-            if message["type"] == "http.response.start":
-                status, answered_at = message["status"], time.perf_counter()
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        finally:
-            ended_at = time.perf_counter()
-            begin_ms = (answered_at - started_at) * 1e3 if answered_at else None
-            self._write(scope, status or _CLIENT_LEFT, begin_ms, (ended_at - started_at) * 1e3)
-
-    def _write(self, scope: Scope, status: int, begin_ms: float | None, total_ms: float) -> None:
-        caller: Caller = scope[CALLER]
-        client = scope.get("client")
-        fields: dict[str, Any] = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "request_id": caller.request_id,
-            "trace_id": caller.trace_id,
-            "key": caller.key_name,
-            "client": client[0] if client else None,
-            "method": scope["method"],
-            # As it came: still escaped, without the query, which may hold what is nobody's business.
-            "path": scope["raw_path"].decode("ascii", "backslashreplace"),
-            "status": status,
-            "first_byte_ms": None if begin_ms is None else round(begin_ms, 3),
-            "duration_ms": round(total_ms, 3),
-            "prompt_tokens": caller.num_prompt_tokens,
-            "output_tokens": caller.num_output_tokens,
-        }
-        if caller.prompts:
-            fields["prompts"] = caller.prompts
-        logger.info(_encode(fields).decode() if self._is_json else _text(fields))
+    def flush(self) -> None:
+        """Write what waits."""
+        lines, self._lines = self._lines, []
+        if lines and self.stream is not None:
+            self.stream.write("".join(lines))
+            self.stream.flush()
 
 
-def _text(fields: dict[str, Any]) -> str:
+def _text(scope: Scope, caller: Caller, seconds: float) -> str:
     line = (
-        f"{fields['time']} {fields['method']} {fields['path']} {fields['status']} {fields['duration_ms']:.1f} ms "
-        f"request_id={_word(fields['request_id'])} client={fields['client']} first_byte_ms={fields['first_byte_ms']} "
-        f"prompt_tokens={fields['prompt_tokens']} output_tokens={fields['output_tokens']}"
+        f"{utc_now(3)}+00:00 {scope['method']} {_path(scope)} {caller.status} {seconds * 1e3:.1f} ms "
+        f"request_id={_word(caller.request_id)} client={_client(scope)} first_byte_ms={_begin_ms(caller)} "
+        f"prompt_tokens={caller.num_prompt_tokens} output_tokens={caller.num_output_tokens}"
     )
-    if fields["key"] is not None:
-        line += f" key={_word(fields['key'])}"
-    return line + f" prompts={_encode(fields['prompts']).decode()}" if "prompts" in fields else line
+    if caller.key_name is not None:
+        line += f" key={_word(caller.key_name)}"
+    if caller.prompts:
+        line += f" prompts={encode(caller.prompts).decode()}"
+    return f"{line}\n"
+
+
+def _json(scope: Scope, caller: Caller, seconds: float) -> str:
+    fields: dict[str, Any] = {
+        "time": f"{utc_now(3)}+00:00",
+        "request_id": caller.request_id,
+        "trace_id": caller.trace_id,
+        "key": caller.key_name,
+        "client": _client(scope),
+        "method": scope["method"],
+        "path": _path(scope),
+        "status": caller.status,
+        "first_byte_ms": _begin_ms(caller),
+        "duration_ms": round(seconds * 1e3, 3),
+        "prompt_tokens": caller.num_prompt_tokens,
+        "output_tokens": caller.num_output_tokens,
+    }
+    if caller.prompts:
+        fields["prompts"] = caller.prompts
+    return f"{encode(fields).decode()}\n"
+
+
+def _path(scope: Scope) -> str:
+    """As it came: still escaped, without the query, which may hold what is nobody's business."""
+    path: bytes = scope["raw_path"]
+    return path.decode("ascii", "backslashreplace")
+
+
+def _begin_ms(caller: Caller) -> float | None:
+    return None if caller.answered_at is None else round((caller.answered_at - caller.started_at) * 1e3, 3)
+
+
+def _client(scope: Scope) -> str | None:
+    client = scope.get("client")
+    return client[0] if client else None
 
 
 def _word(text: str) -> str:
     """As it is if it is a plain word, else as JSON."""
-    return text if _WORD.fullmatch(text) else _encode(text).decode()
-
-
-def configure_access_log(settings: LogSettings) -> None:
-    """Let the access log write to standard error, one bare line a request."""
-    logger.setLevel(logging.WARNING if settings.access == "off" else logging.INFO)
-    if settings.access != "off" and not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+    return text if _WORD.fullmatch(text) else encode(text).decode()

@@ -5,21 +5,14 @@ A route is known by its path with the variables unfilled, so that no client can 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sagellm_core.engine_metrics import Histogram
 
-if TYPE_CHECKING:
-    from sagellm_gateway.app import Gateway
-
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_CLIENT_LEFT = 499  # before an answer began
 
 # Seconds, to the end of the answer.
 _BOUNDS = (
@@ -29,15 +22,21 @@ _BOUNDS = (
 
 
 class HttpFigures(Collector):
-    """What is counted of calls; `HttpMetrics` writes it, a registry collects it."""
+    """What is counted of calls, for a registry: `begin` and `end` are told of each."""
 
     def __init__(self) -> None:
-        self.num_in_progress = 0
+        self._num_in_progress = 0
         self._num_ended: dict[tuple[str, str, int], int] = {}  # (method, route, status)
         self._durations: dict[tuple[str, str], Histogram] = {}
 
-    def add(self, method: str, route: str, status: int, seconds: float) -> None:
+    def begin(self) -> None:
+        """Count a call in; `end` counts it out."""
+        self._num_in_progress += 1
+
+    def end(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a call that is over."""
+        self._num_in_progress -= 1
+        method = method if method in _METHODS else "OTHER"
         ended = (method, route, status)
         self._num_ended[ended] = self._num_ended.get(ended, 0) + 1
         durations = self._durations.get((method, route))
@@ -57,32 +56,4 @@ class HttpFigures(Collector):
         for key, histogram in self._durations.items():
             histogram.add_to(durations, key)
         yield durations
-        yield GaugeMetricFamily("http_requests_inprogress", "Calls in work", value=self.num_in_progress)
-
-
-class HttpMetrics:
-    """Counts every call into the gateway's `http_figures`."""
-
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app = app
-        self._gateway = gateway
-        self._figures = gateway.http_figures
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI interface."""
-        status = _CLIENT_LEFT
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        started_at = time.perf_counter()
-        self._figures.num_in_progress += 1
-        try:
-            await self._app(scope, receive, send_and_note)
-        finally:
-            self._figures.num_in_progress -= 1
-            method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-            self._figures.add(method, self._gateway.route_of(scope), status, time.perf_counter() - started_at)
+        yield GaugeMetricFamily("http_requests_inprogress", "Calls in work", value=self._num_in_progress)

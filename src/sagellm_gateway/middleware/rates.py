@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from sagellm_gateway.context import CALLER, Caller
+from sagellm_gateway.context import Caller
 from sagellm_gateway.rates import Meter
 from sagellm_protocol import UnavailableError
 
@@ -23,20 +23,17 @@ if TYPE_CHECKING:
 class RateCheck:
     """See the module."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app = app
+    def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         limits = gateway.settings.limits
         self._per_key = limits.per_key
         self._total = Meter(limits.total, "all callers together", is_total=True)
         self._meters: dict[str | None, Meter] = {}  # of each key that has called
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI interface."""
+    def enter(self, scope: Scope, caller: Caller) -> tuple[Meter, ...]:
+        """The meters that have counted a call in, to be left when it is over; raises where one of them is full."""
         if scope["method"] != "POST" or scope["path"].startswith("/admin/"):
-            await self._app(scope, receive, send)
-            return
-        caller: Caller = scope[CALLER]
+            return ()
         own, total = self._meter_of(caller), self._total
         caller.meters = tuple(meter for meter in (own, total) if meter.tokens is not None)
         caller.windows = (own.requests or total.requests, own.tokens or total.tokens)
@@ -47,11 +44,7 @@ class RateCheck:
         total.check()
         own.enter()
         total.enter()
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            own.leave()
-            total.leave()
+        return own, total
 
     def _meter_of(self, caller: Caller) -> Meter:
         meter = self._meters.get(caller.key_name)

@@ -1,15 +1,16 @@
 """One server span a call: child of the caller's `traceparent`, parent of what the engine is told.
 
-The span's own context replaces `traceparent` among the headers, so that logs, requests and traces agree on the trace
-even where the caller sent none. Probes (`/health`, `/ready`, `/metrics`) are left out.
+Its trace becomes the caller's, so that logs, requests and traces agree on it even where none was sent. Probes
+(`/health`, `/ready`, `/metrics`) are left out.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sagellm_gateway.context import CALLER, Caller
 from sagellm_gateway.tracing import CallTrace, current_trace, end_trace
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
-_CLIENT_LEFT = 499  # before an answer began
 
 
 class Traces:
@@ -41,33 +41,23 @@ class Traces:
         if scope["path"] in _PROBES:
             await self._app(scope, receive, send)
             return
-        status = _CLIENT_LEFT
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        span = self._start(scope)
+        caller: Caller = scope[CALLER]
+        span = self._start(scope["method"], caller)
         trace = CallTrace(span)
         current_trace.set(trace)
         try:
-            await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive, send)
         finally:
             if span.is_recording():
-                self._describe(span, scope, status)
+                self._describe(span, scope, caller.status)
                 end_trace(trace)
             span.end()
 
-    def _start(self, scope: Scope) -> Span:
-        carrier = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _TRACE_HEADERS}
-        parent = self._propagator.extract(carrier)
-        span: Span = self._tracer.start_span(scope["method"], context=parent, kind=self._kind)
-        context = span.get_span_context()
-        traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
-        headers = [(name, value) for name, value in scope["headers"] if name != b"traceparent"]
-        scope["headers"] = [*headers, (b"traceparent", traceparent.encode())]
+    def _start(self, method: str, caller: Caller) -> Span:
+        headers = caller.headers
+        carrier = {name.decode(): headers[name].decode("latin-1") for name in _TRACE_HEADERS if name in headers}
+        span: Span = self._tracer.start_span(method, context=self._propagator.extract(carrier), kind=self._kind)
+        caller.trace_id = f"{span.get_span_context().trace_id:032x}"
         return span
 
     def _describe(self, span: Span, scope: Scope, status: int) -> None:

@@ -8,12 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from functools import lru_cache
 from typing import Any
 
-import msgspec
-
+from sagellm_gateway.dates import utc_now
 from sagellm_gateway.embeddings import Embeddings
 from sagellm_gateway.ollama.types import ChatCall, GenerateCall
 from sagellm_gateway.pieces import (
@@ -21,29 +18,22 @@ from sagellm_gateway.pieces import (
     AnswerEnd,
     AnswerStart,
     ChoiceEnd,
-    Piece,
     ReasoningPiece,
     TextPiece,
     ToolCallPiece,
 )
+from sagellm_gateway.streams import FramingWriter
 from sagellm_gateway.tool_arguments import arguments_object
-from sagellm_protocol import Metrics, SageLLMError, TokenLogprob, Usage
+from sagellm_gateway.writing import encode, logprob_entries
+from sagellm_protocol import Metrics, SageLLMError, Usage
 from sagellm_protocol.openai.chat import ChatFinishReason
 
-_encode = msgspec.json.Encoder().encode
 _NS_PER_MS = 1_000_000
 
 
 def now() -> str:
     """This moment, as the API writes dates."""
-    seconds, ns = divmod(time.time_ns(), 10**9)
-    return f"{_second(seconds)}.{ns // 1000:06d}Z"
-
-
-@lru_cache(maxsize=2)
-def _second(seconds: int) -> str:
-    # Every line of every stream has a date; most have the same second.
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{utc_now(6)}Z"
 
 
 def answer_body(call: ChatCall | GenerateCall, answer: Answer) -> bytes:
@@ -56,69 +46,77 @@ def answer_body(call: ChatCall | GenerateCall, answer: Answer) -> bytes:
     thinking = choice.reasoning if call.shows_thinking else ""
     body = {**_head(call), **_content(call, choice.text, thinking, calls)}
     if choice.logprobs is not None:
-        body["logprobs"] = _logprobs(choice.logprobs)
-    return _encode({**body, **_ending(choice.finish_reason, answer.usage, answer.metrics)})
+        body["logprobs"] = logprob_entries(choice.logprobs)
+    return encode({**body, **_ending(choice.finish_reason, answer.usage, answer.metrics)})
 
 
 def loaded_body(call: ChatCall | GenerateCall) -> bytes:
     """The answer to a call that generates nothing and only wants the model to be there."""
-    return _encode({**_head(call), **_content(call, ""), "done": True, "done_reason": "load"})
+    return encode({**_head(call), **_content(call, ""), "done": True, "done_reason": "load"})
 
 
 async def embed_body(model: str, made: Embeddings, started_at_ns: int) -> bytes:
     """The body of an answer with vectors; others get a turn between them. `started_at_ns` is of the monotonic clock."""
     vectors = []
     for vector in made.vectors:
-        vectors.append(_encode(vector))
+        vectors.append(encode(vector))
         await asyncio.sleep(0)
     rest = {
         "total_duration": time.monotonic_ns() - started_at_ns,
         "load_duration": 0,
         "prompt_eval_count": made.usage.prompt_tokens,
     }
-    return b'{"model":%b,"embeddings":[%b],%b' % (_encode(model), b",".join(vectors), _encode(rest)[1:])
+    return b'{"model":%b,"embeddings":[%b],%b' % (encode(model), b",".join(vectors), encode(rest)[1:])
 
 
-class LineWriter:
+class LineWriter(FramingWriter):
     """The lines of one streamed answer."""
 
     def __init__(self, call: ChatCall | GenerateCall) -> None:
         self._call = call
         self._calls: list[ToolCallPiece] = []  # the parts of the call that is being made
         self._finish_reason: ChatFinishReason = "stop"
-        self._head = b'{"model":%s,"created_at":"' % _encode(call.model)
+        self._head = b'{"model":%s,"created_at":"' % encode(call.model)
         is_chat = isinstance(call, ChatCall)
         self._open = b'","message":{"role":"assistant","content":' if is_chat else b'","response":'
         self._close = b'},"done":false}\n' if is_chat else b',"done":false}\n'
 
-    def write(self, piece: Piece) -> bytes:
-        """The lines for a piece."""
-        if isinstance(piece, TextPiece):
-            return self._text(piece)
-        if isinstance(piece, ReasoningPiece):
-            is_shown = self._call.shows_thinking and piece.text
-            return self._line(_content(self._call, "", piece.text)) if is_shown else b""
-        if isinstance(piece, ToolCallPiece):
-            line = self._end_call() if piece.name is not None else b""
-            self._calls.append(piece)
-            return line
-        if isinstance(piece, ChoiceEnd):
-            self._finish_reason = piece.finish_reason
-            return self._end_call()
-        if isinstance(piece, AnswerStart):
+    def start(self, piece: AnswerStart) -> bytes:
+        """Nothing: the figures come at the end."""
+        return b""
+
+    def text(self, piece: TextPiece) -> bytes:
+        """The line of a text."""
+        if piece.logprobs is not None:
+            return self._line({**_content(self._call, piece.text), "logprobs": logprob_entries(piece.logprobs)})
+        if not piece.text:
             return b""
-        return self._end(piece)
+        return b"%s%s%s%s%s" % (self._head, now().encode(), self._open, encode(piece.text), self._close)
+
+    def reasoning(self, piece: ReasoningPiece) -> bytes:
+        """The line of a thought, to who asked for it."""
+        is_shown = self._call.shows_thinking and piece.text
+        return self._line(_content(self._call, "", piece.text)) if is_shown else b""
+
+    def tool_call(self, piece: ToolCallPiece) -> bytes:
+        """The line of the call before, which is complete."""
+        line = self._end_call() if piece.name is not None else b""
+        self._calls.append(piece)
+        return line
+
+    def choice_end(self, piece: ChoiceEnd) -> bytes:
+        """The line of the last call."""
+        self._finish_reason = piece.finish_reason
+        return self._end_call()
+
+    def end(self, piece: AnswerEnd) -> bytes:
+        """The line with the figures."""
+        ending = _ending(self._finish_reason, piece.usage, piece.metrics)
+        return encode({**_head(self._call), **_content(self._call, ""), **ending}) + b"\n"
 
     def fail(self, error: SageLLMError) -> bytes:
         """The line that says what went wrong."""
-        return _encode({"error": error.message}) + b"\n"
-
-    def _text(self, piece: TextPiece) -> bytes:
-        if piece.logprobs is not None:
-            return self._line({**_content(self._call, piece.text), "logprobs": _logprobs(piece.logprobs)})
-        if not piece.text:
-            return b""
-        return b"%s%s%s%s%s" % (self._head, now().encode(), self._open, _encode(piece.text), self._close)
+        return encode({"error": error.message}) + b"\n"
 
     def _end_call(self) -> bytes:
         """The call that is complete: its arguments go out as an object, so not before."""
@@ -130,11 +128,7 @@ class LineWriter:
         return self._line(_content(self._call, "", "", [call]))
 
     def _line(self, fields: dict[str, Any]) -> bytes:
-        return _encode({**_head(self._call), **fields, "done": False}) + b"\n"
-
-    def _end(self, end: AnswerEnd) -> bytes:
-        ending = _ending(self._finish_reason, end.usage, end.metrics)
-        return _encode({**_head(self._call), **_content(self._call, ""), **ending}) + b"\n"
+        return encode({**_head(self._call), **fields, "done": False}) + b"\n"
 
 
 def _head(call: ChatCall | GenerateCall) -> dict[str, Any]:
@@ -173,15 +167,3 @@ def _ending(finish_reason: ChatFinishReason, usage: Usage, metrics: Metrics) -> 
         "eval_count": usage.completion_tokens,
         "eval_duration": round(metrics.decode_ms * _NS_PER_MS),
     }
-
-
-def _logprobs(entries: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    return [
-        {**_candidate(entry.token, entry.logprob), "top_logprobs": [_candidate(t.token, t.logprob) for t in entry.top]}
-        for entry in entries
-    ]
-
-
-def _candidate(token: str | None, logprob: float) -> dict[str, Any]:
-    text = token or ""
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from secrets import token_hex
 from typing import Any
-
-import msgspec
 
 from sagellm_gateway.pieces import (
     Answer,
     AnswerEnd,
     AnswerStart,
     ChoiceEnd,
-    Piece,
     ReasoningPiece,
     TextPiece,
     ToolCallPiece,
 )
 from sagellm_gateway.responses.types import ResponsesRequest
+from sagellm_gateway.streams import FramingWriter
+from sagellm_gateway.writing import encode, logprob_entries
 from sagellm_protocol import ErrorCode, SageLLMError, TokenLogprob, Usage
+from sagellm_protocol.ids import random_hex
 from sagellm_protocol.openai.chat import ChatFinishReason
-
-_encode = msgspec.json.Encoder().encode
 
 # Why an answer ended before its own end, in this API's words.
 _INCOMPLETE: dict[ChatFinishReason, str] = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -36,7 +33,7 @@ _INCOMPLETE: dict[ChatFinishReason, str] = {"length": "max_output_tokens", "cont
 
 def new_id(prefix: str) -> str:
     """A fresh id of the API's kind: `resp_...`, `msg_...`."""
-    return f"{prefix}_{token_hex(16)}"
+    return f"{prefix}_{random_hex()}"
 
 
 class ResponseDraft:
@@ -65,7 +62,7 @@ class ResponseDraft:
         if choice.reasoning:
             self.output.append(_reasoning_item(new_id("rs"), choice.reasoning, "completed"))
         if choice.text or not choice.tool_calls:
-            logprobs = _logprobs(choice.logprobs or ())
+            logprobs = logprob_entries(choice.logprobs or ())
             self.output.append(_message_item(new_id("msg"), choice.text, logprobs, "completed"))
         for call in choice.tool_calls:
             function = call.function
@@ -115,7 +112,7 @@ class ResponseDraft:
         }
 
 
-class EventWriter:
+class EventWriter(FramingWriter):
     """The events of one streamed response; `on_end` gets the response when it has ended, before its last event."""
 
     def __init__(self, draft: ResponseDraft, on_end: Callable[[dict[str, Any]], None]) -> None:
@@ -124,42 +121,20 @@ class EventWriter:
         self._number = 0
         self._item: _OpenItem | None = None
 
-    def write(self, piece: Piece) -> bytes:
-        """The events for a piece."""
-        if isinstance(piece, TextPiece):
-            return self._text("message", piece.text, piece.logprobs)
-        if isinstance(piece, ReasoningPiece):
-            return self._text("reasoning", piece.text, None)
-        if isinstance(piece, ToolCallPiece):
-            return self._call(piece)
-        if isinstance(piece, AnswerStart):
-            return self._state("response.created", "in_progress") + self._state("response.in_progress", "in_progress")
-        if isinstance(piece, ChoiceEnd):
-            self._draft.end(piece.finish_reason)
-            return self._close(self._draft.status)
-        return self._end(piece)
+    def start(self, piece: AnswerStart) -> bytes:
+        """The response without output, twice."""
+        return self._state("response.created", "in_progress") + self._state("response.in_progress", "in_progress")
 
-    def fail(self, error: SageLLMError) -> bytes:
-        """The event of a response that failed."""
-        return self._close("incomplete") + self._last("failed", self._draft.body("failed", error=error))
+    def text(self, piece: TextPiece) -> bytes:
+        """A delta of a message."""
+        return self._delta("message", piece.text, piece.logprobs)
 
-    def _text(self, kind: str, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
-        if not text and not logprobs:
-            return b""
-        opened = b""
-        if self._item is None or self._item.kind != kind:
-            opened = self._close("completed") + self._open(_OpenItem(kind, len(self._draft.output)))
-        assert self._item is not None
-        self._item.texts.append(text)
-        if kind == "reasoning":
-            return opened + self._delta(text, b"}\n\n")
-        if not logprobs:
-            return opened + self._delta(text, b',"logprobs":[]}\n\n')
-        entries = _logprobs(logprobs)
-        self._item.logprobs += entries
-        return opened + self._delta(text, b',"logprobs":%s}\n\n' % _encode(entries))
+    def reasoning(self, piece: ReasoningPiece) -> bytes:
+        """A delta of a reasoning item."""
+        return self._delta("reasoning", piece.text, None)
 
-    def _call(self, piece: ToolCallPiece) -> bytes:
+    def tool_call(self, piece: ToolCallPiece) -> bytes:
+        """An item for each call, its arguments as deltas."""
         opened = b""
         if piece.name is not None:
             opened = self._close("completed")
@@ -169,13 +144,42 @@ class EventWriter:
         if not piece.arguments:
             return opened
         self._item.texts.append(piece.arguments)
-        return opened + self._delta(piece.arguments, b"}\n\n")
+        return opened + self._delta_event(piece.arguments, b"}\n\n")
 
-    def _delta(self, text: str, tail: bytes) -> bytes:
+    def choice_end(self, piece: ChoiceEnd) -> bytes:
+        """The end of the item that is open."""
+        self._draft.end(piece.finish_reason)
+        return self._close(self._draft.status)
+
+    def end(self, piece: AnswerEnd) -> bytes:
+        """The whole response."""
+        return self._last(self._draft.status, self._draft.body(self._draft.status, usage=piece.usage))
+
+    def fail(self, error: SageLLMError) -> bytes:
+        """The event of a response that failed."""
+        return self._close("incomplete") + self._last("failed", self._draft.body("failed", error=error))
+
+    def _delta(self, kind: str, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
+        if not text and not logprobs:
+            return b""
+        opened = b""
+        if self._item is None or self._item.kind != kind:
+            opened = self._close("completed") + self._open(_OpenItem(kind, len(self._draft.output)))
+        assert self._item is not None
+        self._item.texts.append(text)
+        if kind == "reasoning":
+            return opened + self._delta_event(text, b"}\n\n")
+        if not logprobs:
+            return opened + self._delta_event(text, b',"logprobs":[]}\n\n')
+        entries = logprob_entries(logprobs)
+        self._item.logprobs += entries
+        return opened + self._delta_event(text, b',"logprobs":%s}\n\n' % encode(entries))
+
+    def _delta_event(self, text: str, tail: bytes) -> bytes:
         assert self._item is not None
         number = self._number
         self._number += 1
-        return b"%s%d%s%s%s" % (self._item.delta_head, number, self._item.delta_place, _encode(text), tail)
+        return b"%s%d%s%s%s" % (self._item.delta_head, number, self._item.delta_place, encode(text), tail)
 
     def _open(self, item: _OpenItem) -> bytes:
         self._item = item
@@ -206,9 +210,6 @@ class EventWriter:
         self._draft.output.append(body)
         return events + self._event("response.output_item.done", output_index=item.index, item=body)
 
-    def _end(self, piece: AnswerEnd) -> bytes:
-        return self._last(self._draft.status, self._draft.body(self._draft.status, usage=piece.usage))
-
     def _last(self, status: str, body: dict[str, Any]) -> bytes:
         self._on_end(body)
         return self._event(f"response.{status}", response=body)
@@ -217,7 +218,7 @@ class EventWriter:
         return self._event(kind, response=self._draft.body(status))
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        data = _encode({"type": kind, "sequence_number": self._number, **fields})
+        data = encode({"type": kind, "sequence_number": self._number, **fields})
         self._number += 1
         return b"event: %s\ndata: %s\n\n" % (kind.encode(), data)
 
@@ -237,7 +238,7 @@ class _OpenItem:
         event = _DELTAS[kind]
         self.delta_head = b'event: %s\ndata: {"type":"%s","sequence_number":' % (event, event)
         place = self.place if kind == "function_call" else {**self.place, "content_index": 0}
-        self.delta_place = b"," + _encode(place)[1:-1] + b',"delta":'
+        self.delta_place = b"," + encode(place)[1:-1] + b',"delta":'
 
     def part(self, *, whole: bool = False) -> dict[str, Any]:
         text = "".join(self.texts) if whole else ""
@@ -288,18 +289,6 @@ def _call_item(item_id: str, call_id: str, name: str, arguments: str, status: st
         "call_id": call_id,
         "name": name,
     }
-
-
-def _logprobs(entries: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    return [
-        {**_candidate(entry.token, entry.logprob), "top_logprobs": [_candidate(t.token, t.logprob) for t in entry.top]}
-        for entry in entries
-    ]
-
-
-def _candidate(token: str | None, logprob: float) -> dict[str, Any]:
-    text = token or ""
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def _text_format(call: ResponsesRequest) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from sagellm_protocol import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.fields import MaxTokens, NumLogprobs, Temperature, TopP
 from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS, ToolName
-from sagellm_protocol.model import EdgeModel, Remedy
+from sagellm_protocol.model import EchoedModel, EdgeModel, Remedy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,12 +27,6 @@ Status = Literal["in_progress", "completed", "incomplete"]
 # ---- input items --------------------------------------------------------------------------------------
 
 
-class _Echoed(EdgeModel):
-    """A value that clients send back as they keep it; fields of their own are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
 class InputText(EdgeModel):
     """Text for the model."""
 
@@ -41,7 +35,7 @@ class InputText(EdgeModel):
     prompt_cache_breakpoint: JsonValue = None
 
 
-class OutputText(_Echoed):
+class OutputText(EchoedModel):
     """Text that an assistant wrote, as an answer holds it; `annotations` and `logprobs` don't reach the model."""
 
     type: Literal["output_text"] = "output_text"
@@ -50,7 +44,7 @@ class OutputText(_Echoed):
     logprobs: list[JsonValue] | None = None
 
 
-class Refusal(_Echoed):
+class Refusal(EchoedModel):
     """An assistant's refusal, as an answer of another server may hold it."""
 
     type: Literal["refusal"] = "refusal"
@@ -64,7 +58,7 @@ Part = Annotated[
 Parts = Annotated[list[Part], Field(max_length=MAX_PARTS)]
 
 
-class MessageItem(_Echoed):
+class MessageItem(EchoedModel):
     """One message."""
 
     type: Literal["message"] = "message"
@@ -75,7 +69,7 @@ class MessageItem(_Echoed):
     phase: str | None = Field(default=None, max_length=64)
 
 
-class FunctionCallItem(_Echoed):
+class FunctionCallItem(EchoedModel):
     """A call that the assistant made."""
 
     type: Literal["function_call"]
@@ -88,7 +82,7 @@ class FunctionCallItem(_Echoed):
     namespace: str | None = Field(default=None, max_length=256)
 
 
-class FunctionCallOutputItem(_Echoed):
+class FunctionCallOutputItem(EchoedModel):
     """What a call brought."""
 
     type: Literal["function_call_output"]
@@ -101,14 +95,14 @@ class FunctionCallOutputItem(_Echoed):
     caller: JsonValue = None
 
 
-class ReasoningText(_Echoed):
+class ReasoningText(EchoedModel):
     """A piece of reasoning, or of its summary."""
 
     type: Literal["reasoning_text", "summary_text"]
     text: str
 
 
-class ReasoningItem(_Echoed):
+class ReasoningItem(EchoedModel):
     """What the assistant thought; `encrypted_content` of other servers cannot be read and is left out."""
 
     type: Literal["reasoning"]

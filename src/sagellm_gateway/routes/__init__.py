@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from sagellm_gateway.routes import (
     admin,
+    admin_watch,
     anthropic,
     chat,
     completions,
+    docs,
     embeddings,
     info,
     models,
@@ -28,6 +30,8 @@ ROUTERS = (
     models.router,
     info.router,
     admin.router,
+    admin_watch.router,
     sessions.router,
     page.router,
+    docs.router,
 )

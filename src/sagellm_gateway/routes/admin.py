@@ -29,7 +29,7 @@ MAX_ENGINES = 64
 
 _STREAM_EVERY_S = 1.0
 
-router = APIRouter(prefix="/admin")
+router = APIRouter(prefix="/admin", tags=["Administration"])
 
 # It stands in paths.
 EngineName = Annotated[
@@ -100,7 +100,7 @@ async def engines(http: HttpRequest) -> HttpResponse:
     require_admin(http)
     manager = gateway_of(http).manager
     figures = await manager.engine_stats()
-    entries = [engine_entry(info, figures.get(info.engine_id)) for info in manager.list_engines()]
+    entries = [engine_entry(manager, info, figures.get(info.engine_id)) for info in manager.list_engines()]
     return _json({"engines": entries, "models": sorted(manager.allowed_models)})
 
 
@@ -166,7 +166,7 @@ async def delete_engine(http: HttpRequest, engine_id: str) -> HttpResponse:
     gateway.manager.get_engine(engine_id)
     gateway.background(gateway.manager.unregister_engine(engine_id))
     await asyncio.sleep(0)
-    return _json({"id": engine_id, "deleted": True}, status=202)
+    return _json({"engine_id": engine_id, "deleted": True}, status=202)
 
 
 @router.post("/cache/reset", response_model=None)
@@ -181,7 +181,7 @@ async def _engine(http: HttpRequest, engine_id: str, *, status: int = 200) -> Ht
     manager = gateway_of(http).manager
     info = manager.get_engine(engine_id)
     figures = await manager.engine_stats()
-    return _json(engine_entry(info, figures.get(engine_id)), status=status)
+    return _json(engine_entry(manager, info, figures.get(engine_id)), status=status)
 
 
 def _without_secrets(settings: GatewaySettings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sagellm_gateway.documents import EVENTS, GENERATION, described
 from sagellm_gateway.errors import naming
 from sagellm_gateway.streams import PingedEvents, cut_off, written
 
-router = APIRouter()
+router = APIRouter(tags=["Anthropic"])
 
 
 @router.post("/v1/messages", response_model=None)

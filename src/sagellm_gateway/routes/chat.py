@@ -17,7 +17,7 @@ from sagellm_gateway.context import Caller, caller_of, gateway_of
 from sagellm_gateway.documents import EVENTS, GENERATION, described
 from sagellm_protocol.openai import ChatCompletion, ChatCompletionRequest
 
-router = APIRouter()
+router = APIRouter(tags=["OpenAI"])
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -43,6 +43,6 @@ async def _messages(chat: ChatService, call: ChatCompletionRequest, caller: Call
     async with aclosing(chat.stream(call, caller)) as pieces:
         async for piece in pieces:
             message = writer.write(piece)
-            if message is not None:
+            if message:
                 yield message
     yield DONE

@@ -11,12 +11,11 @@ from fastapi.responses import Response as HttpResponse
 from sagellm_core.answers import answer_completion, read_prompts, stream_completion
 from sagellm_core.http import start_event_stream, while_connected
 from sagellm_gateway.body import read_call
-from sagellm_gateway.calls import for_caller
-from sagellm_gateway.context import caller_of, gateway_of
+from sagellm_gateway.context import gateway_of
 from sagellm_gateway.documents import EVENTS, GENERATION, described
 from sagellm_protocol.openai import Completion, CompletionRequest
 
-router = APIRouter()
+router = APIRouter(tags=["OpenAI"])
 
 
 @router.post("/v1/completions", response_model=None)
@@ -24,9 +23,9 @@ router = APIRouter()
 async def completions(http: HttpRequest) -> HttpResponse:
     """Continue one or several prompts."""
     call = await read_call(http, CompletionRequest, what="completion request")
-    answers, caller = gateway_of(http).answers, caller_of(http)
+    answers = gateway_of(http).answers
     prompts = await read_prompts(call, partial(gateway_of(http).manager.detokenize, call.model))
-    requests = [for_caller(request, caller, named=call.request_id is not None) for request in call.to_requests()]
+    requests = call.to_requests()
     if call.stream:
         return await start_event_stream(http, stream_completion(answers, call, requests, prompts))
     body = await while_connected(http, answer_completion(answers, call, requests, prompts))

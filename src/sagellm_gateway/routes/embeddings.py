@@ -14,12 +14,12 @@ from fastapi.responses import Response as HttpResponse
 
 from sagellm_core.http import while_connected
 from sagellm_gateway.body import read_call
-from sagellm_gateway.context import caller_of, gateway_of
+from sagellm_gateway.context import gateway_of
 from sagellm_gateway.documents import GENERATION, described
 from sagellm_gateway.embeddings import Embeddings, embed
 from sagellm_protocol.openai import EmbeddingRequest, EmbeddingResponse
 
-router = APIRouter()
+router = APIRouter(tags=["OpenAI"])
 
 _encode = msgspec.json.Encoder().encode
 # Numbers written as JSON before others get a turn: a millisecond.
@@ -33,7 +33,6 @@ async def embeddings(http: HttpRequest) -> HttpResponse:
     call = await read_call(http, EmbeddingRequest, what="embedding request")
     work = embed(
         gateway_of(http),
-        caller_of(http),
         call.input,
         model=call.model,
         dimensions=call.dimensions,

@@ -13,7 +13,7 @@ from sagellm_gateway.context import gateway_of
 from sagellm_gateway.documents import TEXT, described
 from sagellm_gateway.routes.models import model_cards
 
-router = APIRouter()
+router = APIRouter(tags=["sageLLM"])
 
 
 @router.get("/health", response_model=None)

@@ -19,7 +19,7 @@ from sagellm_protocol.openai import ModelCard, ModelList
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
 
-router = APIRouter()
+router = APIRouter(tags=["OpenAI"])
 
 _ANTHROPIC = "anthropic-version"  # the header that Anthropic's clients send
 

@@ -28,7 +28,7 @@ from sagellm_protocol import UnsupportedError
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
 
-router = APIRouter()
+router = APIRouter(tags=["Ollama"])
 
 # The version of the API that is spoken: clients test it before they use what is newer.
 API_VERSION = "0.12.6"
@@ -60,12 +60,10 @@ async def embed_texts(http: HttpRequest) -> HttpResponse:
     """Make a vector of each text."""
     started_at = time.monotonic_ns()
     call = await read_call(http, EmbedCall, what="embed request")
-    gateway, caller = gateway_of(http), caller_of(http)
+    gateway = gateway_of(http)
     card = find_model(model_cards(gateway), call.model)
     truncate = None if call.truncate is False else _TO_WHAT_FITS
-    work = embed(
-        gateway, caller, call.input, model=card.id, dimensions=call.dimensions, truncate_prompt_tokens=truncate
-    )
+    work = embed(gateway, call.input, model=card.id, dimensions=call.dimensions, truncate_prompt_tokens=truncate)
     made = await while_connected(http, work)
     return _object(await embed_body(call.model, made, started_at))
 
@@ -75,9 +73,9 @@ async def embed_texts(http: HttpRequest) -> HttpResponse:
 async def embed_prompt(http: HttpRequest) -> HttpResponse:
     """Make a vector of one text; the older form."""
     call = await read_call(http, EmbeddingsCall, what="embeddings request")
-    gateway, caller = gateway_of(http), caller_of(http)
+    gateway = gateway_of(http)
     card = find_model(model_cards(gateway), call.model)
-    work = embed(gateway, caller, call.prompt, model=card.id, truncate_prompt_tokens=_TO_WHAT_FITS, field="prompt")
+    work = embed(gateway, call.prompt, model=card.id, truncate_prompt_tokens=_TO_WHAT_FITS, field="prompt")
     made = await while_connected(http, work)
     return _object(_encode({"embedding": made.vectors[0]}))
 
@@ -133,13 +131,6 @@ async def show(http: HttpRequest) -> HttpResponse:
 async def version(http: HttpRequest) -> HttpResponse:
     """The version of Ollama's API that is spoken."""
     return _object(_encode({"version": API_VERSION}))
-
-
-@router.head("/", response_model=None)
-@described(media=None)
-async def heartbeat(http: HttpRequest) -> HttpResponse:
-    """What Ollama's command asks before it asks anything else."""
-    return HttpResponse()
 
 
 async def _answer(http: HttpRequest, call: ChatCall | GenerateCall, *, is_empty: bool) -> HttpResponse:

@@ -7,7 +7,6 @@ them, so that browsers keep them for good and never mix two versions; the page m
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 from dataclasses import dataclass
 from functools import cache
@@ -20,9 +19,10 @@ from fastapi.responses import Response as HttpResponse
 from sagellm_gateway.context import gateway_of
 from sagellm_gateway.documents import PAGE, described
 from sagellm_gateway.routes.info import welcome
+from sagellm_gateway.static_files import StaticFile
 from sagellm_protocol import NotFoundError
 
-router = APIRouter()
+router = APIRouter(tags=["sageLLM"])
 
 FILES = (
     "css/base.css",
@@ -54,14 +54,6 @@ FILES = (
     "vendor/marked.esm.js",
 )
 
-_TYPES = {
-    "css": "text/css; charset=utf-8",
-    "html": "text/html; charset=utf-8",
-    "js": "text/javascript; charset=utf-8",
-    "md": "text/markdown; charset=utf-8",
-    "svg": "image/svg+xml",
-}
-
 _POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -76,28 +68,17 @@ _POLICY = "; ".join(
         "trusted-types 'none'",
     )
 )
-_SAFE = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
 _FOR_DOCUMENTS = {"Content-Security-Policy": _POLICY, "Cross-Origin-Opener-Policy": "same-origin"}
 _FOREVER = "public, max-age=31536000, immutable"
 
 
 @dataclass(frozen=True, slots=True)
-class _Body:
-    content: bytes
-    etag: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Page:
-    """The page as it is sent: bodies plain and compressed, by the files' names and by where chats are kept."""
+    """The page as it is sent: its files by their names, its document by where chats are kept."""
 
     digest: str
-    files: dict[str, tuple[_Body, _Body]]
-    documents: dict[str, tuple[_Body, _Body]]
+    files: dict[str, StaticFile]
+    documents: dict[str, StaticFile]
 
 
 @router.get("/", response_model=None)
@@ -107,8 +88,7 @@ async def home(http: HttpRequest) -> HttpResponse:
     if "text/html" in http.headers.get("accept", ""):
         # Chats that the server would forget when it ends are better kept in the browser.
         keeper = "browser" if gateway_of(http).settings.sessions.store == "memory" else "server"
-        answer = _answer(http, _page().documents[keeper], "html", cache_control="no-cache")
-        answer.headers.update(_FOR_DOCUMENTS)
+        answer = _page().documents[keeper].answer(http, cache_control="no-cache", headers=_FOR_DOCUMENTS)
     else:
         answer = await welcome(http)
     answer.headers["Vary"] = "Accept, Accept-Encoding"
@@ -123,19 +103,7 @@ async def page_file(http: HttpRequest, path: str) -> HttpResponse:
     name = name if is_lasting else path
     if name not in FILES:
         raise NotFoundError(f"the page has no file {path!r}; load / again")
-    kind = name.rpartition(".")[2]
-    return _answer(http, _page().files[name], kind, cache_control=_FOREVER if is_lasting else "no-cache")
-
-
-def _answer(http: HttpRequest, bodies: tuple[_Body, _Body], kind: str, *, cache_control: str) -> HttpResponse:
-    is_compressed = "gzip" in http.headers.get("accept-encoding", "")
-    body = bodies[is_compressed]
-    headers = {**_SAFE, "ETag": body.etag, "Cache-Control": cache_control, "Vary": "Accept-Encoding"}
-    if body.etag in http.headers.get("if-none-match", ""):
-        return HttpResponse(status_code=304, headers=headers)
-    if is_compressed:
-        headers["Content-Encoding"] = "gzip"
-    return HttpResponse(body.content, headers={**headers, "Content-Type": _TYPES[kind]})
+    return _page().files[name].answer(http, cache_control=_FOREVER if is_lasting else "no-cache")
 
 
 @cache
@@ -148,17 +116,9 @@ def _page() -> _Page:
         whole.update(f"{name} {len(content)} ".encode() + content)
     digest = whole.hexdigest()[:16]
     document = document.replace(b"{{page}}", f"page/{digest}".encode())
+    keepers = {keeper: document.replace(b"{{sessions}}", keeper.encode()) for keeper in ("browser", "server")}
     return _Page(
         digest,
-        {name: _bodies(content) for name, content in contents.items()},
-        {keeper: _bodies(document.replace(b"{{sessions}}", keeper.encode())) for keeper in ("browser", "server")},
+        {name: StaticFile(name, content) for name, content in contents.items()},
+        {keeper: StaticFile("index.html", content) for keeper, content in keepers.items()},
     )
-
-
-def _bodies(content: bytes) -> tuple[_Body, _Body]:
-    compressed = gzip.compress(content, mtime=0)
-    return _Body(content, _etag(content)), _Body(compressed, _etag(compressed))
-
-
-def _etag(content: bytes) -> str:
-    return f'"{hashlib.sha256(content).hexdigest()[:32]}"'

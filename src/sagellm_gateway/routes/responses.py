@@ -24,7 +24,7 @@ from sagellm_gateway.streams import FramedEvents, cut_off, written
 from sagellm_protocol import InvalidArgumentError, UnsupportedError, parse
 from sagellm_protocol.model import EdgeModel
 
-router = APIRouter()
+router = APIRouter(tags=["OpenAI"])
 
 _encode = msgspec.json.Encoder().encode
 

@@ -20,7 +20,7 @@ from sagellm_protocol.messages import MAX_MESSAGES
 from sagellm_protocol.model import Remedy
 from sagellm_protocol.openai import ChatCompletion, ChatCompletionRequest
 
-router = APIRouter(prefix="/sessions")
+router = APIRouter(prefix="/sessions", tags=["Sessions"])
 
 # It stands in paths.
 SessionId = Annotated[

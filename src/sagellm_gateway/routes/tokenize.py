@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sagellm_control_plane import ControlPlaneManager
 
-router = APIRouter()
+router = APIRouter(tags=["sageLLM"])
 
 # Beyond any model's context; splitting that much takes about a second.
 MAX_CHARS = 4 * 2**20

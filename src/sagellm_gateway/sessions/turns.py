@@ -7,13 +7,13 @@ sent again.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
 from sagellm_gateway.context import Caller
 from sagellm_gateway.pieces import Answer, AnswerChoice, AnswerEnd, Piece, collect
 from sagellm_gateway.sessions.service import joined
-from sagellm_protocol import ChatMessage
+from sagellm_protocol import ChatMessage, NotFoundError
 from sagellm_protocol.openai import ChatCompletionRequest
 
 if TYPE_CHECKING:
@@ -55,7 +55,12 @@ async def stream_in_session(
         answer = collect(pieces)
         if not is_kept and _has_text(answer.choices):
             # Beside this task, which is being cancelled.
-            gateway.background(gateway.sessions.remember(_session_id(call), caller, call.messages, answer))
+            gateway.background(_remember_cut(gateway, call, caller, answer))
+
+
+async def _remember_cut(gateway: Gateway, call: ChatCompletionRequest, caller: Caller, answer: Answer) -> None:
+    with suppress(NotFoundError):  # who left may have deleted the session, too
+        await gateway.sessions.remember(_session_id(call), caller, call.messages, answer)
 
 
 async def _whole(gateway: Gateway, call: ChatCompletionRequest, caller: Caller) -> ChatCompletionRequest:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from sagellm_gateway.marks import find_mark, num_undecided
 from sagellm_gateway.pieces import Piece, TextPiece, ToolCallPiece

@@ -21,6 +21,13 @@ export class Dashboard {
     this.problem = h("div", { class: "problem-box", hidden: true });
     this.totals = h("dl", { class: "totals" });
     this.engines = h("div", { class: "engines" });
+    this.events = h("ol", { class: "events" });
+    this.happened = h(
+      "section",
+      { "aria-labelledby": "events-title", hidden: true },
+      h("h2", { id: "events-title" }, "What happened"),
+      this.events,
+    );
     this.body = h(
       "div",
       { class: "figures", hidden: true },
@@ -31,6 +38,7 @@ export class Dashboard {
       ),
       this.totals,
       h("section", { "aria-labelledby": "engines-title" }, h("h2", { id: "engines-title" }, "Engines"), this.engines),
+      this.happened,
     );
     root.append(h("div", { class: "dashboard-inner" }, this.status, this.problem, this.body));
   }
@@ -110,6 +118,8 @@ export class Dashboard {
       ),
     );
     this.engines.replaceChildren(...stats.engines.map(engineRow));
+    this.happened.hidden = stats.events.length === 0;
+    this.events.replaceChildren(...stats.events.toReversed().map(eventRow));
   }
 }
 
@@ -214,22 +224,42 @@ function engineRow(engine) {
       {},
       h("h3", {}, engine.model),
       h("span", { class: "state", "data-kind": STATES[engine.state] ?? "quiet" }, engine.state),
-      h("span", { class: "engine-id" }, engine.id),
+      h(
+        "span",
+        { class: "engine-id" },
+        engine.pid ? `${engine.engine_id} · process ${engine.pid}` : engine.engine_id,
+      ),
     ),
     engine.error && h("p", { class: "engine-error" }, engine.error),
     h(
       "dl",
       {},
+      pair("Places taken", meter(engine.load, "Places taken"), ` ${percent(engine.load)} %`),
       pair("Running", count(engine.num_running)),
       pair("Waiting", count(engine.num_waiting)),
-      pair(
-        "KV cache",
-        h("meter", { min: "0", max: "1", value: String(engine.kv_usage), "aria-label": "KV cache in use" }),
-        ` ${percent(engine.kv_usage)} %`,
-      ),
+      pair("KV cache", meter(engine.kv_usage, "KV cache in use"), ` ${percent(engine.kv_usage)} %`),
       pair("Prefix hits", `${percent(engine.prefix_hit_rate)} %`),
       pair("Blocks", count(engine.num_blocks)),
       engine.max_model_len ? pair("Context", `${count(engine.max_model_len)} tokens`) : null,
     ),
+  );
+}
+
+const meter = (share, name) =>
+  h("meter", { min: "0", max: "1", value: String(Math.min(share, 1)), "aria-label": name });
+
+// ---- events
+
+const EVENTS = { lost: "bad", refused: "bad", moved: "busy", engine: "quiet", policy: "quiet", scale: "quiet" };
+
+/** Something that happened to engines, requests on the move, or policies. */
+function eventRow(event) {
+  const at = new Date(event.time * 1000);
+  return h(
+    "li",
+    {},
+    h("time", { datetime: at.toISOString() }, at.toLocaleTimeString("en-GB")),
+    h("span", { class: "state", "data-kind": EVENTS[event.kind] ?? "quiet" }, event.kind),
+    h("span", { class: "event-text" }, event.message),
   );
 }

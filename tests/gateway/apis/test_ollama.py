@@ -11,12 +11,8 @@ import pytest
 from ollama import AsyncClient, ResponseError
 from pydantic import BaseModel
 
-from asgi_client import client_of
 from fake_chat import METRICS, FakeChat, answer_end, rich_answer, text_answer
-from fake_engine import FakeEngine
 from live_server import serving
-from sagellm_control_plane import ControlPlaneManager
-from sagellm_gateway import create_app
 from sagellm_gateway.app import Gateway
 from sagellm_gateway.pieces import AnswerEnd, AnswerStart, ChoiceEnd, TextPiece
 from sagellm_protocol import (
@@ -33,34 +29,9 @@ HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
-def chat() -> FakeChat:
-    return FakeChat(text_answer("Hello", " there"))
-
-
-@pytest.fixture
-def app(chat: FakeChat) -> Gateway:
-    manager = ControlPlaneManager()
-    manager.register_engine(FakeEngine(max_model_len=64), engine_id="fake", model="m")
-    app = create_app(manager, default_model="m")
-    app.chat = chat  # type: ignore[assignment]
-    return app
-
-
-@pytest.fixture
-async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        yield client
-
-
-@pytest.fixture
 async def ollama(app: Gateway) -> AsyncIterator[AsyncClient]:
     async with serving(app) as url, AsyncClient(host=url, trust_env=False) as ollama:
         yield ollama
-
-
-def sent(chat: FakeChat) -> list[dict[str, Any]]:
-    """The messages of the last call, as a template gets them."""
-    return [message.to_template() for message in chat.calls[-1].messages]
 
 
 async def lines_of(client: httpx.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:
@@ -94,7 +65,7 @@ async def test_chat(ollama: AsyncClient, chat: FakeChat) -> None:
     assert (answer.prompt_eval_count, answer.eval_count) == (7, 5)
     assert (answer.prompt_eval_duration, answer.eval_duration) == (20_000_000, 40_000_000)
     assert answer.total_duration == 70_000_000
-    assert sent(chat) == [{"role": "system", "content": "Be kind."}, *HI]
+    assert chat.sent == [{"role": "system", "content": "Be kind."}, *HI]
     call = chat.calls[-1]
     assert call.model == "m"
     assert (call.temperature, call.top_k, call.top_p, call.max_completion_tokens) == (0.5, 4, 0.9, 9)
@@ -113,7 +84,7 @@ async def test_generate(ollama: AsyncClient, chat: FakeChat) -> None:
     answer = await ollama.generate(model="m", prompt="hi", system="Be kind.")
     assert answer.response == "Hello there"
     assert answer.eval_count == 5
-    assert sent(chat) == [{"role": "system", "content": "Be kind."}, *HI]
+    assert chat.sent == [{"role": "system", "content": "Be kind."}, *HI]
     parts = [part.response async for part in await ollama.generate(model="m", prompt="hi", stream=True)]
     assert parts == ["Hello", " there", ""]
 
@@ -160,7 +131,7 @@ async def test_tools_and_thinking(ollama: AsyncClient, chat: FakeChat, stream: b
         {"role": "tool", "content": "more"},
     ]
     await ollama.chat(model="m", messages=messages)
-    back = sent(chat)
+    back = chat.sent
     ids = [call["id"] for call in back[1]["tool_calls"]]
     assert len(set(ids)) == 2
     assert [message["tool_call_id"] for message in back[2:]] == [ids[1], ids[0], "call_unknown"]
@@ -379,7 +350,7 @@ async def test_an_answer_that_was_cut_off_is_an_error(client: httpx.AsyncClient,
 
 
 async def test_what_clients_ask_first(client: httpx.AsyncClient) -> None:
-    assert (await client.head("/")).status_code == 200
+    assert (await client.head("/")).status_code == 200  # what its command asks before it asks anything else
     version = (await client.get("/api/version")).json()["version"]
     assert [part.isdigit() for part in version.split(".")] == [True] * 3
     unknown = await client.post("/api/push", json={"model": "m"})

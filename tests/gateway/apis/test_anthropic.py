@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,12 +12,9 @@ import pytest
 from anthropic import AsyncAnthropic
 from pydantic import BaseModel
 
-from asgi_client import client_of
+from asgi_client import named_events_in
 from fake_chat import FakeChat, answer_end, rich_answer, text_answer
-from fake_engine import FakeEngine
 from live_server import serving
-from sagellm_control_plane import ControlPlaneManager
-from sagellm_gateway import create_app
 from sagellm_gateway.app import Gateway
 from sagellm_gateway.pieces import AnswerStart, TextPiece, ToolCallPiece
 from sagellm_gateway.streams import PingedEvents
@@ -48,46 +44,15 @@ CLOCK = {"type": "custom", "name": "clock", "input_schema": {"type": "object"}}
 
 
 @pytest.fixture
-def chat() -> FakeChat:
-    return FakeChat(text_answer("Hello", " there"))
-
-
-@pytest.fixture
-def app(chat: FakeChat) -> Gateway:
-    manager = ControlPlaneManager()
-    manager.register_engine(FakeEngine(max_model_len=64), engine_id="fake", model="m")
-    app = create_app(manager, default_model="m")
-    app.chat = chat  # type: ignore[assignment]
-    return app
-
-
-@pytest.fixture
-async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        yield client
-
-
-@pytest.fixture
 async def anthropic(app: Gateway) -> AsyncIterator[AsyncAnthropic]:
     async with serving(app) as url, AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as anthropic:
         yield anthropic
 
 
-def sent(chat: FakeChat) -> list[dict[str, Any]]:
-    """The messages of the last call, as a template gets them."""
-    return [message.to_template() for message in chat.calls[-1].messages]
-
-
 async def events_of(client: httpx.AsyncClient, **fields: Any) -> list[dict[str, Any]]:
     answer = await client.post(PATH, json={"model": "m", "max_tokens": 5, "messages": HI, "stream": True, **fields})
     assert answer.status_code == 200, answer.text
-    events = []
-    for block in answer.text.strip().split("\n\n"):
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        events.append(event)
-    return events
+    return named_events_in(answer.text)
 
 
 # ---- Anthropic's client -------------------------------------------------------------------------------
@@ -108,7 +73,7 @@ async def test_create(anthropic: AsyncAnthropic, chat: FakeChat) -> None:
     assert (message.usage.input_tokens, message.usage.cache_read_input_tokens) == (4, 3)
     assert message.usage.output_tokens == 5
     assert message._request_id == chat.callers[-1].request_id
-    assert sent(chat) == [
+    assert chat.sent == [
         {"role": "system", "content": "Be kind.\n\nBe brief."},
         {"role": "user", "content": "hi"},
     ]
@@ -162,7 +127,7 @@ async def test_thinking_text_and_tools(anthropic: AsyncAnthropic, chat: FakeChat
     ]
     chat.pieces = list(text_answer("Sunny."))
     await anthropic.messages.create(**ask)
-    assert sent(chat)[1:] == [
+    assert chat.sent[1:] == [
         {
             "role": "assistant",
             "content": "Looking.",

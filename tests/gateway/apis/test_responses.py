@@ -12,12 +12,9 @@ import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 from pydantic import BaseModel
 
-from asgi_client import LeavingClient, client_of, until
+from asgi_client import LeavingClient, client_of, named_events_in, until
 from fake_chat import FakeChat, answer_end, rich_answer, text_answer
-from fake_engine import FakeEngine
 from live_server import serving
-from sagellm_control_plane import ControlPlaneManager
-from sagellm_gateway import create_app
 from sagellm_gateway.app import Gateway
 from sagellm_gateway.pieces import AnswerStart, ReasoningPiece, TextPiece
 from sagellm_gateway.responses.store import ResponseStore, StoredResponse
@@ -36,45 +33,15 @@ CLOCK = {"type": "function", "name": "clock", "parameters": None, "strict": None
 
 
 @pytest.fixture
-def chat() -> FakeChat:
-    return FakeChat(text_answer("Hello", " there"))
-
-
-@pytest.fixture
-def app(chat: FakeChat) -> Gateway:
-    manager = ControlPlaneManager()
-    manager.register_engine(FakeEngine(max_model_len=64), engine_id="fake", model="m")
-    app = create_app(manager, default_model="m")
-    app.chat = chat  # type: ignore[assignment]
-    return app
-
-
-@pytest.fixture
-async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        yield client
-
-
-@pytest.fixture
 async def openai(app: Gateway) -> AsyncIterator[AsyncOpenAI]:
     async with serving(app) as url, AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai:
         yield openai
 
 
-def sent(chat: FakeChat) -> list[dict[str, Any]]:
-    """The messages of the last call, as a template gets them."""
-    return [message.to_template() for message in chat.calls[-1].messages]
-
-
 async def events_of(client: httpx.AsyncClient, body: dict[str, Any]) -> list[dict[str, Any]]:
     answer = await client.post(PATH, json={"model": "m", "stream": True, **body})
     assert answer.status_code == 200, answer.text
-    events = []
-    for block in answer.text.strip().split("\n\n"):
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        events.append(event)
+    events = named_events_in(answer.text)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
@@ -100,7 +67,7 @@ async def test_create(openai: AsyncOpenAI, chat: FakeChat) -> None:
     assert response.usage is not None
     assert (response.usage.input_tokens, response.usage.output_tokens, response.usage.total_tokens) == (7, 5, 12)
     assert response.usage.input_tokens_details.cached_tokens == 3
-    assert sent(chat) == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
+    assert chat.sent == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
     call = chat.calls[-1]
     assert (call.temperature, call.top_p, call.max_completion_tokens, call.reasoning_effort) == (0.5, 0.9, 9, "low")
     assert call.stream is False
@@ -166,10 +133,10 @@ async def test_tools_and_their_results(openai: AsyncOpenAI, chat: FakeChat) -> N
         {"type": "function_call_output", "call_id": "call_b", "output": [{"type": "input_text", "text": "noon"}]},
     ]
     await openai.responses.create(model="m", input=items, store=False)
-    by_hand = sent(chat)
+    by_hand = chat.sent
     # As does it by reference.
     await openai.responses.create(model="m", input=items[-2:], previous_response_id=response.id)
-    assert sent(chat) == by_hand
+    assert chat.sent == by_hand
     assert [message["role"] for message in by_hand] == ["user", "assistant", "tool", "tool"]
     assert by_hand[1]["content"] == "Looking."
     assert by_hand[1]["reasoning_content"] == "let me think"
@@ -187,7 +154,7 @@ async def test_a_conversation_by_previous_response_id(openai: AsyncOpenAI, chat:
         await openai.responses.create(model="m", input="two", previous_response_id=first.id)
     third = await openai.responses.create(model="m", input="three", previous_response_id=second.id, instructions="x")
     assert third.previous_response_id == second.id
-    contents = [message["content"] for message in sent(chat)]
+    contents = [message["content"] for message in chat.sent]
     # Instructions are not carried over.
     assert contents == ["x", "one", "Hello there", "two", "Hello there", "three"]
 
@@ -361,12 +328,12 @@ async def test_turns_become_messages(client: httpx.AsyncClient, chat: FakeChat) 
     ]
     answer = await client.post(PATH, json={"model": "m", "input": items, "instructions": "Be kind."})
     assert answer.status_code == 200, answer.text
-    assert sent(chat)[0] == {"role": "system", "content": "Be kind.\n\nBe brief."}
-    assert sent(chat)[1] == {"role": "user", "content": "ab"}
-    assert sent(chat)[2]["reasoning_content"] == "hm"
-    assert [message["role"] for message in sent(chat)[2:]] == ["assistant", "tool", "assistant", "assistant", "system"]
-    assert sent(chat)[4]["tool_calls"][0]["id"] == "c2"
-    assert sent(chat)[5] == {"role": "assistant", "content": "Well."}
+    assert chat.sent[0] == {"role": "system", "content": "Be kind.\n\nBe brief."}
+    assert chat.sent[1] == {"role": "user", "content": "ab"}
+    assert chat.sent[2]["reasoning_content"] == "hm"
+    assert [message["role"] for message in chat.sent[2:]] == ["assistant", "tool", "assistant", "assistant", "system"]
+    assert chat.sent[4]["tool_calls"][0]["id"] == "c2"
+    assert chat.sent[5] == {"role": "assistant", "content": "Well."}
 
 
 async def test_items_may_be_referred_to(client: httpx.AsyncClient, chat: FakeChat) -> None:
@@ -374,7 +341,7 @@ async def test_items_may_be_referred_to(client: httpx.AsyncClient, chat: FakeCha
     reference = {"type": "item_reference", "id": first["output"][0]["id"]}
     items = [{"role": "user", "content": "one"}, reference, {"role": "user", "content": "two"}]
     await client.post(PATH, json={"model": "m", "input": items})
-    assert [message["content"] for message in sent(chat)] == ["one", "Hello there", "two"]
+    assert [message["content"] for message in chat.sent] == ["one", "Hello there", "two"]
     answer = await client.post(PATH, json={"model": "m", "input": [{"type": "item_reference", "id": "msg_x"}]})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "input[0].id"
