@@ -29,6 +29,8 @@ NAMES = {
         "ModelRunner load_config DemoConfig create_backend BackendConfig EngineFactory engine_server_app __version__"
     ),
     "sagellm_core.decoding": "BaseDecodingStrategy",
+    "sagellm_core.pd_executor": "PDExecutor",
+    "sagellm_core.runtime": "PDRuntime",
     "sagellm_control_plane": (
         "ControlPlaneManager ExecutionInstance ExecutionInstanceType PDSeparationConfig ParallelismConfig EngineState "
         "RequestPriority RequestType"

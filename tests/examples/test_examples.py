@@ -46,12 +46,12 @@ def test_six_decoding_strategies(tmp_path: Path) -> None:
     assert run(tmp_path, example("decoding_strategies_demo.py")) == out, "every scenario is reproducible"
 
 
-def test_routing_by_prompt_length(tmp_path: Path) -> None:
-    out = run(tmp_path, example("pd_separation_demo.py"))
-    routes = [line.split(":")[0].split() for line in out.splitlines() if "->" in line]
-    assert len(routes) == 6
-    for route in routes:
-        assert route[-1] == ("long-1" if int(route[0]) > 100 else "short-1")
+def test_prefill_and_decode_apart(tmp_path: Path) -> None:
+    lines = run(tmp_path, example("pd_separation_demo.py")).splitlines()
+    assert len(lines) == 6
+    for line in lines:
+        assert ("prefill-1 -> decode-1 (" in line) == (int(line.split()[0]) >= 100)
+        assert line.endswith("the same tokens")
 
 
 def test_the_download_helper(tmp_path: Path) -> None:
