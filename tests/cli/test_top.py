@@ -61,7 +61,7 @@ def test_a_picture_has_it_all() -> None:
     text = drawn(TopView("http://host").picture(stats()))
     for words in ("up 1 h 1 min", "scheduling fair", "7 queue", "3 running", "42 output tokens/s", "12,345 requests"):
         assert words in text
-    for words in ("engine-0", "4711", "█████░░░░░ 50%", "25%", "75%", "p50 10.0 · p90 20.0 · p99 30.5"):
+    for words in ("engine-0", "4711", "███░░░ 50%", "25%", "75%", "p50 10.0 · p90 20.0 · p99 30.5"):
         assert words in text
     assert "time per output token" not in text
 

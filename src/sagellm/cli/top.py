@@ -18,7 +18,7 @@ from sagellm_core.server_registry import list_servers
 from sagellm_protocol import InvalidArgumentError, SageLLMError
 
 _TIMEOUT_S = 5.0
-_BAR_CELLS = 10
+_BAR_CELLS = 6
 _NUM_EVENTS = 8
 _STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow", "stopped": "dim", "error": "red"}
 
@@ -32,13 +32,13 @@ def top_command(server: str | None, url: str | None, api_key: str | None, *, int
     if once or not console.is_terminal:
         console.print(view.picture(stats))
         return
-    with Live(view.picture(stats), console=console, screen=True, auto_refresh=False) as live:
-        try:
+    try:
+        with Live(view.picture(stats), console=console, screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(interval_s)
                 live.update(_look(client, view), refresh=True)
-        except KeyboardInterrupt:
-            return
+    except KeyboardInterrupt:
+        return
 
 
 def _client(server: str | None, url: str | None, api_key: str | None) -> ServerClient:
@@ -108,7 +108,7 @@ class TopView:
 
     def _engines(self, stats: Mapping[str, Any]) -> RenderableType:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for column in ("engine", "model", "state", "pid", "load", "running", "waiting", "KV", "hits", "tokens/s"):
+        for column in ("engine", "model", "state", "pid", "load", "run", "wait", "KV", "hits", "tok/s"):
             is_text = column in ("engine", "model", "state", "load")
             table.add_column(column, justify="left" if is_text else "right", no_wrap=column != "model")
         for engine in stats["engines"]:
