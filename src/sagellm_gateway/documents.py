@@ -175,7 +175,9 @@ def _complete(operation: Schema, path: str, description: Description, schemas: _
         operation["parameters"] = [*operation.get("parameters", ()), *_query_parameters(description.query)]
     media = [kind for kind in (description.media, description.also) if kind is not None]
     success = schemas.of_answer(description.answer)
-    forms = {kind: {"schema": success if kind == JSON else _TEXT} for kind in media}
+    # A stream of events is read as text by some and as objects by others, so it has no type.
+    shapes: dict[str, Schema] = {JSON: success, EVENTS: {}}
+    forms = {kind: {"schema": shapes.get(kind, _TEXT)} for kind in media}
     answers: dict[int, Any] = {description.status: {"description": _MEANINGS[description.status], "content": forms}}
     error = {JSON: {"schema": _error_schema(path, schemas)}}
     for status in sorted({*_ANY_CALL, *(_ANY_BODY if description.body is not None else ()), *description.fails}):

@@ -271,7 +271,7 @@ def test_some_histories(history: list[Any], options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(_HISTORIES, _OPTIONS)
 def test_many_histories(history: list[Any], options: dict[str, Any]) -> None:
     virtual_loop.run(lambda: live_through(history, **options))
