@@ -63,6 +63,11 @@ class HealthWatch:
         self._num_failed_probes += 1
         self._num_denials += is_ok is False
 
+    @property
+    def makes_reports(self) -> bool:
+        """Whether it has ever reported in this life."""
+        return self._last_report is not None
+
     def ask(self, now: float) -> None:
         """Something went wrong: let the next look make a health check."""
         self._next_probe_at = min(self._next_probe_at, now)

@@ -146,7 +146,9 @@ class Monitor:
         reason = engine.health.look(now, has_work=engine.num_requests > 0)
         if reason is not None:
             self.findings.on_hang(engine, reason)
-        elif engine.health.is_probe_due(now) and watched.probe is None:
+        # One that is stuck and makes no reports comes back by what it answers, so it is asked on.
+        is_asked = reason is None or (engine.is_stuck and not engine.health.makes_reports)
+        if is_asked and watched.probe is None and engine.health.is_probe_due(now):
             watched.probe = asyncio.ensure_future(self._probe(engine, watched))
         if now - watched.ready_at >= self.config.stable_after_s:
             engine.restarts.forget()
