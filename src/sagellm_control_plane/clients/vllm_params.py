@@ -12,6 +12,7 @@ _SAME = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "max_tokens",
     "min_tokens",
     "seed",
     "ignore_eos",
@@ -24,16 +25,17 @@ _SAME = (
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
 
 
-def to_vllm(request: Request, sampling: SamplingParams, max_tokens: int) -> Any:
+def to_vllm(request: Request, sampling: SamplingParams) -> Any:
     """vLLM's `SamplingParams` for a request with these resolved parameters; tokens come as they are made.
 
-    Raises `UnsupportedError` for what vLLM's engine does not do as ours: beam and contrastive search, embeddings, and
-    going on with an answer that another engine began (its sampler starts from its seed, wherever the answer stands).
+    Raises `UnsupportedError` for adapters. An answer that another engine began is refused before (`ForeignEngine`),
+    because vLLM's sampler starts from its seed, wherever the answer stands.
     """
     from vllm.sampling_params import RequestOutputKind
     from vllm.sampling_params import SamplingParams as Params
 
-    _refuse(request, sampling)
+    if request.lora is not None:
+        raise UnsupportedError("lora is not supported on vLLM here; load the merged model instead", field="lora")
     fields: dict[str, Any] = {name: getattr(sampling, name) for name in _SAME}
     if sampling.strategy is DecodingStrategy.GREEDY:
         fields["temperature"] = 0.0
@@ -41,8 +43,6 @@ def to_vllm(request: Request, sampling: SamplingParams, max_tokens: int) -> Any:
         fields |= {name: getattr(sampling, name) for name in _SAMPLING_ONLY}
     fields["stop"] = list(sampling.stop)
     fields["stop_token_ids"] = list(sampling.stop_token_ids)
-    fields["max_tokens"] = max_tokens
-    fields["min_tokens"] = min(sampling.min_tokens, max_tokens)
     if request.structured_output is not None:
         fields["structured_outputs"] = _form(request.structured_output)
     return Params(output_kind=RequestOutputKind.DELTA, **fields)
@@ -55,19 +55,6 @@ def as_deltas(params: Any) -> Any:
     copy = params.clone()
     copy.output_kind = RequestOutputKind.DELTA
     return copy
-
-
-def _refuse(request: Request, sampling: SamplingParams) -> None:
-    if request.embed is not None:
-        raise UnsupportedError("embed is not supported on vLLM here; send it to one of our own engines", field="embed")
-    if request.resume_from is not None and any(request.resume_from.output_token_ids):
-        raise UnsupportedError(
-            "vLLM cannot go on with an answer that another engine began; send the request anew", field="resume_from"
-        )
-    if sampling.strategy not in (DecodingStrategy.GREEDY, DecodingStrategy.SAMPLING):
-        raise UnsupportedError(
-            f"strategy {sampling.strategy} is not supported on vLLM here; use greedy or sampling", field="strategy"
-        )
 
 
 def _form(wanted: StructuredOutput) -> Any:

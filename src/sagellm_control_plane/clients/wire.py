@@ -22,7 +22,19 @@ Question: TypeAlias = Literal["ping", "health", "stats", "reset_prefix_cache", "
 
 
 class _Message(msgspec.Struct, array_like=True, gc=False):
-    """A message; `call` numbers are the manager's and unique within its connection."""
+    """A list: the tag, then the fields."""
+
+
+class _OfCall(_Message):
+    """Of a call of the manager's; its numbers are unique within its connection."""
+
+    call: int
+
+
+class _Refusal(_Message):
+    """Why not: JSON of an `Error`."""
+
+    error: bytes
 
 
 # ---- to the engine ------------------------------------------------------------------------------------
@@ -35,46 +47,38 @@ class Hello(_Message, tag=1):
     token: str
 
 
-class Submit(_Message, tag=2):
+class Submit(_OfCall, tag=2):
     """Answer `request` (JSON of a `Request`): with events if `is_streamed`, else with one `Answer`."""
 
-    call: int
     request: bytes
     is_streamed: bool
 
 
-class Abort(_Message, tag=3):
+class Abort(_OfCall, tag=3):
     """End a request; the events up to its end are still wanted."""
 
-    call: int
 
-
-class Cancel(_Message, tag=4):
+class Cancel(_OfCall, tag=4):
     """Nobody waits for this call any more."""
 
-    call: int
 
-
-class Ask(_Message, tag=5):
+class Ask(_OfCall, tag=5):
     """Something other than a request; a `Reply` follows."""
 
-    call: int
     question: Question
 
 
-class Export(_Message, tag=8):
+class Export(_OfCall, tag=8):
     """Send the cached blocks of a prefix; `Exported` follows."""
 
-    call: int
     token_ids: Sequence[int]
     cache_salt: str | None
     lora_id: str | None
 
 
-class Import(_Message, tag=9):
+class Import(_OfCall, tag=9):
     """Take these blocks into the cache; the `Reply` says how many tokens that makes."""
 
-    call: int
     blocks: PrefixBlocks
 
 
@@ -102,10 +106,8 @@ class Welcome(_Message, tag=21):
     pid: int
 
 
-class Refused(_Message, tag=22):
-    """The other answer to `Hello`: why not (JSON of an `Error`)."""
-
-    error: bytes
+class Refused(_Refusal, tag=22):
+    """The other answer to `Hello`."""
 
 
 class Ready(_Message, tag=23):
@@ -116,53 +118,45 @@ class Ready(_Message, tag=23):
     config: bytes
 
 
-class Failed(_Message, tag=24):
-    """The engine could not start (JSON of an `Error`); its process ends."""
-
-    error: bytes
+class Failed(_Refusal, tag=24):
+    """The engine could not start; its process ends."""
 
 
-class Delta(_Message, tag=25):
+class Delta(_OfCall, tag=25):
     """A `StreamEventDelta` without log-probabilities."""
 
-    call: int
     index: int
     chunk: str
     chunk_tokens: list[int]
 
 
-class Event(_Message, tag=26):
+class Event(_OfCall, tag=26):
     """Any other stream event, as JSON."""
 
-    call: int
     event: bytes
 
 
-class Answer(_Message, tag=27):
+class Answer(_OfCall, tag=27):
     """The JSON of a `Response`."""
 
-    call: int
     response: bytes
 
 
-class Raised(_Message, tag=28):
+class Raised(_OfCall, tag=28):
     """The call raised this (JSON of an `Error`)."""
 
-    call: int
     error: bytes
 
 
-class Reply(_Message, tag=29):
+class Reply(_OfCall, tag=29):
     """What was asked for, as msgpack: see `Question`."""
 
-    call: int
     value: bytes
 
 
-class Exported(_Message, tag=31):
+class Exported(_OfCall, tag=31):
     """The cached blocks of a prefix; None: there are none."""
 
-    call: int
     blocks: PrefixBlocks | None
 
 

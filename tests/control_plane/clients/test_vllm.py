@@ -69,7 +69,8 @@ def model(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(model: Path) -> AsyncIterator[VLLMEngineClient]:
     config = LLMEngineConfig(model_path=str(model), engine_id="v0", dtype="fp32", max_batch_size=8, max_model_len=256)
-    client = VLLMEngineClient(config, engine_args={"enforce_eager": True})
+    # By itself vLLM takes nine tenths of the machine's memory.
+    client = VLLMEngineClient(config, engine_args={"enforce_eager": True, "gpu_memory_utilization": 0.1})
     with pytest.raises(UnavailableError, match="call start"):
         await client.stats()
     await client.start()
@@ -115,6 +116,18 @@ async def test_parameters_of_its_own_class_are_taken(client: VLLMEngineClient) -
     assert set(end.output_tokens) <= {10, 11}
 
 
+async def test_prompts_with_another_salt_share_nothing(client: VLLMEngineClient) -> None:
+    ends = [
+        (await events_of(client, prompt=[9] * 200, max_tokens=1, cache_salt=salt))[-1] for salt in ("a", "a", "b", None)
+    ]
+    assert [end.usage.cached_tokens > 0 for end in ends if isinstance(end, StreamEventEnd)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
 async def test_a_form_is_kept(client: VLLMEngineClient) -> None:
     end = (await events_of(client, max_tokens=20, structured_output={"choice": ["yes", "no"]}))[-1]
     assert isinstance(end, StreamEventEnd)
@@ -143,6 +156,8 @@ async def test_what_it_cannot_do_is_said(client: VLLMEngineClient) -> None:
         await events_of(client, sampling_params=SamplingParams(num_beams=2))
     with pytest.raises(UnsupportedError, match="another engine began"):
         await events_of(client, resume_from=ResumePoint(output_token_ids=[[5]], seed=1))
+    with pytest.raises(UnsupportedError, match="lora"):
+        await events_of(client, lora="poems")
     with pytest.raises(UnsupportedError, match="embed"):
         await client.execute(Request.model_validate({"prompt": "a", "embed": {}}))
     with pytest.raises(InvalidArgumentError, match="max_model_len is 256"):
