@@ -14,7 +14,14 @@ from math import ceil, inf
 from typing import Protocol
 
 from sagellm_control_plane.autoscaler_config import AutoscalerConfig
-from sagellm_control_plane.capacity import Limits, Prediction, Workload, predict, replicas_needed
+from sagellm_control_plane.capacity import (
+    Limits,
+    Objectives,
+    Prediction,
+    Workload,
+    predict,
+    replicas_needed,
+)
 from sagellm_control_plane.clock import Clock
 from sagellm_control_plane.forecast import Forecaster
 from sagellm_control_plane.load_meter import LoadMeter, LoadSample
@@ -25,6 +32,7 @@ logger = logging.getLogger(__name__)
 _MIN_ENDED = 10  # requests of an interval from which a correction is learned
 _LEARNING = 0.3
 _CORRECTIONS = (0.5, 4.0)
+_OUT_OF_REACH = 2.0  # an objective that no replica can keep becomes so many times what a request alone takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,7 @@ class Autoscaler:
         self._tpot_correction = _Correction()
         self._num_misses = 0  # intervals in a row
         self._fewer_since: float | None = None  # fewer replicas would do
+        self._was_out_of_reach = False
         self._changed_at = -inf
 
     async def run(self) -> None:
@@ -145,30 +154,54 @@ class Autoscaler:
             expected = at(max(1, target), rate)
             return ScalingDecision(number, target, reason, sample.rate, mean, high, expected.ttft_s, expected.tpot_s)
 
-        objectives, most = self.config.objectives, self.config.max_replicas
+        # However many replicas there are, a request takes as long as it takes with one to itself.
+        alone, most = at(1, 0.0), self.config.max_replicas
+        objectives = self._reachable(alone)
         needed = replicas_needed(lambda count: at(count, high).meets(objectives), most)
         if needed > number:
             target = min(needed, number + self.config.max_step)
             return decision(target, f"{high:.2f} requests/s may come, too many for {number}", high)
-        if self._misses(sample, figures) and not figures.num_starting and number < most:
+        if self._misses(sample, figures, objectives) and not figures.num_starting and number < most:
             self._num_misses = 0
             return decision(number + 1, "the objectives are being missed", high)
-        if self._may_shrink(at, figures, now, mean, high):
+        if self._may_shrink(at, figures, now, mean, high, objectives):
             return decision(number - 1, f"{number - 1} carry the {mean:.2f} requests/s that are expected", mean)
         return decision(number, "enough", high)
 
+    def _reachable(self, alone: Prediction) -> Objectives:
+        """The objectives, with what a request alone takes, and some more, in the place of those below it."""
+        asked = self.config.objectives
+        ttft_s = asked.ttft_s if alone.ttft_s < asked.ttft_s else _OUT_OF_REACH * alone.ttft_s
+        tpot_s = asked.tpot_s if alone.tpot_s < asked.tpot_s else _OUT_OF_REACH * alone.tpot_s
+        objectives = Objectives(ttft_s, tpot_s, asked.quantile)
+        if objectives != asked and not self._was_out_of_reach:
+            self._was_out_of_reach = True  # said once: it may come and go with the load
+            logger.warning(
+                "a request alone takes %.0f ms to its first token and %.1f ms for each further: the objectives are out "
+                "of reach for any number of replicas",
+                1e3 * alone.ttft_s,
+                1e3 * alone.tpot_s,
+            )
+        return objectives
+
     def _may_shrink(
-        self, at: Callable[[int, float], Prediction], figures: ReplicaFigures, now: float, mean: float, high: float
+        self,
+        at: Callable[[int, float], Prediction],
+        figures: ReplicaFigures,
+        now: float,
+        mean: float,
+        high: float,
+        objectives: Objectives,
     ) -> bool:
         """Whether those that stay carry the load, and what is in flight now, with a margin; for long enough."""
-        config, fewer = self.config, figures.num_replicas - 1
+        config, fewer, alone = self.config, figures.num_replicas - 1, at(1, 0.0)
         is_enough = (
             fewer >= config.min_replicas
             and not figures.num_starting
             and not figures.num_waiting
             and not self._num_misses
-            and at(fewer, mean).meets(config.objectives, config.down_share)
-            and at(fewer, high).meets(config.objectives, (1 + config.down_share) / 2)
+            and at(fewer, mean).meets(_within(objectives, alone, config.down_share))
+            and at(fewer, high).meets(_within(objectives, alone, (1 + config.down_share) / 2))
             and figures.num_context_tokens <= config.down_share * fewer * figures.limits.num_kv_tokens
         )
         if not is_enough:
@@ -178,9 +211,8 @@ class Autoscaler:
             self._fewer_since = now
         return now - self._fewer_since >= config.down_after_s and now - self._changed_at >= config.cool_down_s
 
-    def _misses(self, sample: LoadSample, figures: ReplicaFigures) -> bool:
+    def _misses(self, sample: LoadSample, figures: ReplicaFigures, objectives: Objectives) -> bool:
         """Whether the objectives were missed for several intervals, whatever the model says."""
-        objectives = self.config.objectives
         is_late = sample.ttft_s is not None and sample.ttft_s > objectives.ttft_s
         is_slow = sample.tpot_s is not None and sample.tpot_s > objectives.tpot_s
         is_stuck = not sample.num_ended and figures.num_waiting > 0
@@ -209,6 +241,16 @@ class Autoscaler:
     def _horizon(self, start_s: float | None) -> int:
         """Intervals until a replica that is started now takes requests."""
         return 1 + ceil(max(self.config.lead_s, start_s or 0.0) / self.config.interval_s)
+
+
+def _within(objectives: Objectives, alone: Prediction, share: float) -> Objectives:
+    """A share of the objectives; of what is left of them over a request alone, where that has the whole share."""
+
+    def part(asked: float, least: float) -> float:
+        return share * asked if least <= share * asked else least + share * (asked - least)
+
+    ttft_s, tpot_s = part(objectives.ttft_s, alone.ttft_s), part(objectives.tpot_s, alone.tpot_s)
+    return Objectives(ttft_s, tpot_s, objectives.quantile)
 
 
 class _Correction:

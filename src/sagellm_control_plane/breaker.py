@@ -58,7 +58,12 @@ class CircuitBreaker:
         """At this moment; open becomes half-open by the passing of time."""
         if self._open_until is None:
             return BreakerState.CLOSED
-        return BreakerState.OPEN if self._clock.now() < self._open_until else BreakerState.HALF_OPEN
+        return BreakerState.OPEN if self.is_open else BreakerState.HALF_OPEN
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the state is open."""
+        return self._open_until is not None and self._clock.now() < self._open_until
 
     @property
     def allows(self) -> bool:
@@ -75,12 +80,11 @@ class CircuitBreaker:
 
     def record(self, is_ok: bool) -> None:
         """A request or a probe ended well, or failed through the engine's fault."""
-        state = self.state
-        if state is BreakerState.CLOSED:
+        if self._open_until is None:
             self._outcomes.append((self._clock.now(), is_ok))
             if not is_ok and self._has_failed_too_often():
                 self._open()
-        elif state is BreakerState.HALF_OPEN:  # while open, what ends now began before: no news
+        elif not self.is_open:  # while open, what ends now began before: no news
             self._judge_trial(is_ok)
 
     def reset(self) -> None:

@@ -50,6 +50,9 @@ class Wanted(ProtocolEnum):
     REMOVED = "removed"  # requests in flight end, then it is forgotten
 
 
+# Kept by themselves, as to look into an enumeration takes longer than all that is asked of an engine by each request.
+_READY, _WANTED = EngineState.READY, Wanted.READY
+_LOADED = (EngineState.READY, EngineState.DRAINING)
 _OUT = (Wanted.HELD, Wanted.STOPPED, Wanted.REMOVED)
 _LEAVING = (Wanted.UNLOADED, Wanted.STOPPED, Wanted.REMOVED)
 
@@ -75,6 +78,7 @@ class ManagedEngine:
     kept: Wanted = Wanted.UNLOADED  # what the next manager is to want of it
     given: LLMEngineConfig = field(init=False)  # its configuration as it was given; the client's is fitted to the model
     is_configured: bool = False  # it stands in the configuration, which the next manager reads anew
+    stands_for: str | None = None  # the engine of the configuration whose place it took
     error: str | None = None
     description: ModelDescription | None = None  # of its model, once it has started
     generation: int = 0  # counts its starts
@@ -112,7 +116,7 @@ class ManagedEngine:
     @property
     def takes_requests(self) -> bool:
         """Whether a request may go to it now, as far as its state is concerned; the ledger knows its places."""
-        return self.state is EngineState.READY and not self.health.is_doubted and self.breaker.allows
+        return self.state is _READY and not self.health.is_doubted and self.breaker.allows
 
     @property
     def may_take_requests(self) -> bool:
@@ -125,9 +129,14 @@ class ManagedEngine:
         return self.is_yielding or self.wanted in _LEAVING
 
     @property
+    def is_staying(self) -> bool:
+        """Whether it is to be in memory and to take requests."""
+        return self.wanted is _WANTED and not self.is_yielding
+
+    @property
     def is_loaded(self) -> bool:
         """Whether its model is in memory."""
-        return self.state in (EngineState.READY, EngineState.DRAINING)
+        return self.state in _LOADED
 
     def serves(self, model: str, kind: RequestType | None = None) -> bool:
         """Whether requests for `model` may come here; `default` is any model, None any kind of request."""

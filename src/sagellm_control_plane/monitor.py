@@ -182,8 +182,9 @@ class Monitor:
 
 
 async def within(clock: Clock, limit_s: float, awaitable: Awaitable[T]) -> T:
-    """The result of `awaitable`; `OutOfTime` where it takes longer, and then it has been cancelled and has ended."""
+    """The result of `awaitable`; `OutOfTime` where it takes longer. It has ended when this ends, however that is."""
     task: asyncio.Future[Any] = asyncio.ensure_future(awaitable)
+    task.add_done_callback(_read)
     is_late = False
 
     def expire() -> None:
@@ -194,11 +195,19 @@ async def within(clock: Clock, limit_s: float, awaitable: Awaitable[T]) -> T:
     timer = clock.call_later(limit_s, expire)
     try:
         await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait({task})
+        raise
     finally:
         timer.cancel()
-        if not task.done():
-            task.cancel()
     if task.cancelled() and is_late:
         raise OutOfTime(f"it took more than {limit_s:g} s")
     result: T = task.result()
     return result
+
+
+def _read(task: asyncio.Future[Any]) -> None:
+    """Who is cancelled in the moment of an error asks for no result, and asyncio would report that as a fault."""
+    if not task.cancelled():
+        task.exception()

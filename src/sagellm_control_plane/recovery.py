@@ -26,15 +26,22 @@ async def restore(
     Call it when the engines of the configuration have been added and before any is started; it starts those that are
     wanted. `adopt` takes over a running child (`adopt_child` does); where it raises, nothing of that child is left, and
     the engine is made anew and started.
-    Children of engines that are configured otherwise now, or no more, are stopped.
+    Children of engines that are configured otherwise now, or no more, are stopped; so are those that were leaving.
     """
-    engines = store.load()
+    # First those that took the place of a configured engine: what is left of that one ends.
+    engines = sorted(store.load(), key=lambda stored: stored.stands_for is None)
     # All at once: one that hangs keeps nobody else waiting.
     children = await asyncio.gather(*(_adopt(stored.child, adopt) for stored in engines))
     for stored, child in zip(engines, children, strict=True):
         engine = supervisor.engines.get(stored.engine_id)
+        if stored.wanted is Wanted.REMOVED:
+            await _retire(stored, child, "was being taken away")
+            store.delete(stored.engine_id)
+            continue
+        if engine is None and stored.stands_for is not None:
+            engine = _take_place(supervisor, stored, make_client)
         if (engine is None and stored.is_configured) or (engine is not None and engine.given != stored.config):
-            await _retire(stored, child)
+            await _retire(stored, child, "is not configured as it was")
             if engine is None:
                 store.delete(stored.engine_id)
             continue
@@ -65,8 +72,22 @@ async def _adopt(record: EngineRecord | None, adopt: Adopt) -> EngineClient | No
         return None
 
 
-async def _retire(stored: StoredEngine, child: EngineClient | None) -> None:
-    logger.info("%s is not configured as it was: what the last manager left of it ends", stored.engine_id)
+def _take_place(
+    supervisor: Supervisor, stored: StoredEngine, make_client: Callable[[StoredEngine], EngineClient]
+) -> ManagedEngine | None:
+    """Put an engine in the place of the configured one for which it stands; None where that one is another now."""
+    configured = supervisor.engines.get(stored.stands_for or "")
+    if configured is None or configured.given.model_copy(update={"engine_id": stored.engine_id}) != stored.config:
+        return None
+    instance = configured.instance.model_copy(update={"instance_id": stored.engine_id})
+    supervisor.remove(configured.engine_id)  # it has not started
+    engine = supervisor.add(instance, make_client(stored), is_configured=True)
+    engine.given, engine.stands_for = stored.config, stored.stands_for
+    return engine
+
+
+async def _retire(stored: StoredEngine, child: EngineClient | None, reason: str) -> None:
+    logger.info("%s %s: what the last manager left of it ends", stored.engine_id, reason)
     if child is not None:
         await child.stop()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +21,32 @@ from filelock import FileLock, Timeout
 from sagellm_control_plane.clients.base import Detachable, EngineRecord
 from sagellm_control_plane.engines import ManagedEngine, Wanted
 from sagellm_control_plane.types import ExecutionInstance
-from sagellm_core.config import LLMEngineConfig
+from sagellm_core.config import EngineConfig, LLMEngineConfig
 from sagellm_protocol import InvalidArgumentError, UnavailableError, parse
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
-_TABLES = """
+_VERSION = 2
+_TABLES = (
+    """
 CREATE TABLE IF NOT EXISTS engines (
     engine_id TEXT PRIMARY KEY,
     instance TEXT NOT NULL,  -- ExecutionInstance, as JSON
     config TEXT NOT NULL,    -- LLMEngineConfig, as JSON
     wanted TEXT NOT NULL,    -- Wanted
     is_configured INTEGER NOT NULL,
-    child TEXT               -- the record of the process that runs, as JSON; NULL: none
+    child TEXT,              -- the record of the process that runs, as JSON; NULL: none
+    stands_for TEXT          -- the engine of the configuration whose place it took; NULL: none
 )
-"""
+""",
+    """
+CREATE TABLE IF NOT EXISTS replaced (
+    configured TEXT PRIMARY KEY,  -- an EngineConfig of the configuration, as JSON
+    config TEXT NOT NULL          -- the EngineConfig that an operator put in its place, as JSON
+)
+""",
+)
+_FROM_VERSION_1 = "ALTER TABLE engines ADD COLUMN stands_for TEXT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,7 @@ class StoredEngine:
     """An engine as the last manager left it.
 
     `is_configured` says that it stood in the configuration, which the next manager reads anew; the others were added
-    while it ran. `child` is the process that ran it, if any.
+    while it ran. `child` is the process that ran it, if any, and `stands_for` the configured engine that it replaced.
     """
 
     instance: ExecutionInstance
@@ -51,6 +62,7 @@ class StoredEngine:
     wanted: Wanted
     is_configured: bool = False
     child: EngineRecord | None = None
+    stands_for: str | None = None
 
     @property
     def engine_id(self) -> str:
@@ -67,6 +79,7 @@ class StoredEngine:
             wanted=engine.kept,
             is_configured=engine.is_configured,
             child=cast(Detachable, client).record() if is_child else None,
+            stands_for=engine.stands_for,
         )
 
 
@@ -102,8 +115,9 @@ class EngineStore:
     def load(self) -> list[StoredEngine]:
         """All engines, in the order in which they were first saved. One that can't be read is logged and left out."""
         found = []
-        query = "SELECT engine_id, instance, config, wanted, is_configured, child FROM engines ORDER BY rowid"
-        for engine_id, instance, config, wanted, is_configured, child in self._database.execute(query).fetchall():
+        columns = "engine_id, instance, config, wanted, is_configured, child, stands_for"
+        rows = self._database.execute(f"SELECT {columns} FROM engines ORDER BY rowid").fetchall()
+        for engine_id, instance, config, wanted, is_configured, child, stands_for in rows:
             try:
                 found.append(
                     StoredEngine(
@@ -112,6 +126,7 @@ class EngineStore:
                         wanted=Wanted(wanted),
                         is_configured=bool(is_configured),
                         child=None if child is None else msgspec.json.decode(child, type=EngineRecord),
+                        stands_for=stands_for,
                     )
                 )
             except (ValueError, msgspec.MsgspecError) as error:  # options that this version has no more
@@ -127,17 +142,38 @@ class EngineStore:
             engine.wanted.value,
             engine.is_configured,
             None if engine.child is None else msgspec.json.encode(engine.child).decode(),
+            engine.stands_for,
         )
         self._write(
-            "INSERT INTO engines VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (engine_id) DO UPDATE SET "
+            "INSERT INTO engines VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (engine_id) DO UPDATE SET "
             "instance = excluded.instance, config = excluded.config, wanted = excluded.wanted, "
-            "is_configured = excluded.is_configured, child = excluded.child",
+            "is_configured = excluded.is_configured, child = excluded.child, stands_for = excluded.stands_for",
             row,
         )
 
     def delete(self, engine_id: str) -> None:
         """Forget an engine; one that is not there is no error. Raises as `save` does."""
         self._write("DELETE FROM engines WHERE engine_id = ?", (engine_id,))
+
+    def load_replaced(self) -> dict[str, EngineConfig]:
+        """What took the place of a configuration, by that one as JSON. What can't be read is logged and left out."""
+        found = {}
+        for configured, config in self._database.execute("SELECT configured, config FROM replaced").fetchall():
+            try:
+                found[configured] = parse(EngineConfig, config, what="stored replacement")
+            except ValueError as error:
+                logger.error("%s: a replacement is left out: %s", self.path, error)
+        return found
+
+    def save_replaced(self, replaced: Mapping[str, EngineConfig]) -> None:
+        """Keep these, and no others. Raises as `save` does."""
+        rows = [(configured, config.model_dump_json(exclude_unset=True)) for configured, config in replaced.items()]
+        try:
+            with self._database:
+                self._database.execute("DELETE FROM replaced")
+                self._database.executemany("INSERT INTO replaced VALUES (?, ?)", rows)
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Let another manager use the file; a second call changes nothing."""
@@ -157,9 +193,10 @@ class EngineStore:
             with self._database:
                 self._database.execute(statement, values)
         except sqlite3.Error as error:
-            raise UnavailableError(
-                f"the state file {self.path} cannot be written: {error}", path=str(self.path)
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: sqlite3.Error) -> UnavailableError:
+        return UnavailableError(f"the state file {self.path} cannot be written: {error}", path=str(self.path))
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -190,7 +227,10 @@ class EngineStore:
                     f"{self.path} was written by a newer sageLLM; name another state file", path=str(self.path)
                 )
             with database:
-                database.execute(_TABLES)
+                if version == 1:
+                    database.execute(_FROM_VERSION_1)
+                for table in _TABLES:
+                    database.execute(table)
                 database.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
             database.close()

@@ -15,7 +15,7 @@ What is wrong in it is said with the line, the field and the remedy.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from sagellm_control_plane import ExecutionInstanceType
+from sagellm_control_plane.autoscaler_config import AutoscalerConfig
 from sagellm_control_plane.config import ControlPlaneConfig
 from sagellm_control_plane.policies import get_policy
 from sagellm_control_plane.routing import get_router
@@ -63,6 +64,12 @@ class ControlPlaneSettings(ControlPlaneConfig):
 
     scheduling_policy: str = Field(default="adaptive", description="Which waiting request gets the next free place.")
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="Engines for each of `engines`.")
+    max_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_REPLICAS,
+        description="Their number follows the load, up to this; see autoscaling.",
+    )
     placement: Placement | None = Field(
         default=None,
         description="local: in this process; process: children. None: children where there may be several.",
@@ -70,6 +77,22 @@ class ControlPlaneSettings(ControlPlaneConfig):
     state: Path | None = Field(
         default=None, description="A file that survives a crash: the next gateway with it takes over the children."
     )
+    keep_engines: bool = Field(default=False, description="Leave the children to the next gateway with that file.")
+    orphan_timeout_s: float = Field(default=60.0, gt=0, description="So long children without a gateway wait for one.")
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> ControlPlaneSettings:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) is below replicas ({self.replicas}); raise it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_kept(self) -> ControlPlaneSettings:
+        if self.keep_engines and self.state is None:
+            raise ValueError("keep_engines needs a state, by which the next gateway finds the engines; name a file")
+        if self.keep_engines and self.placement == "local":
+            raise ValueError("keep_engines needs engines in processes of their own; set placement to process")
+        return self
 
     @model_validator(mode="after")
     def _check_names(self) -> ControlPlaneSettings:
@@ -81,7 +104,15 @@ class ControlPlaneSettings(ControlPlaneConfig):
     @property
     def place(self) -> Placement:
         """Where engines run."""
-        return self.placement or ("process" if self.replicas > 1 or self.autoscaling else "local")
+        is_apart = self.replicas > 1 or self.max_replicas or self.autoscaling or self.keep_engines
+        return self.placement or ("process" if is_apart else "local")
+
+    def for_models(self, models: Iterable[str]) -> ControlPlaneSettings:
+        """With `max_replicas` as autoscaling for those of the models that have none of their own."""
+        if self.max_replicas is None:
+            return self
+        scaling = AutoscalerConfig(min_replicas=self.replicas, max_replicas=self.max_replicas)
+        return self.model_copy(update={"autoscaling": {**dict.fromkeys(models, scaling), **self.autoscaling}})
 
 
 class GatewayFile(GatewaySettings):

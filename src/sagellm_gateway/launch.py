@@ -75,19 +75,26 @@ def make_plan(
 
 def launch(plan: Plan, *, make_engine: MakeEngine = local_engine) -> None:
     """Load the plan's engines and serve them until Ctrl-C or SIGTERM; `make_engine` makes those of this process."""
-    control = plan.control_plane
     models = list(dict.fromkeys(engine.model for engine in plan.engines))
+    control = plan.control_plane.for_models(models)
     with ExitStack() as stack:
         manager = ControlPlaneManager(
             backend_config=plan.backend,
             config=control,
-            make_engine=stack.enter_context(engine_maker(control.place, make_engine, control.state)),
+            make_engine=stack.enter_context(
+                engine_maker(control.place, make_engine, control.state, orphan_timeout_s=control.orphan_timeout_s)
+            ),
             state=control.state,
         )
         most = {model: scaling.max_replicas for model, scaling in control.autoscaling.items()}
         for engine in shared_out(replicated(plan.engines, control.replicas), control.place, most):
             manager.register_config(engine, **(engine.instance_fields() if isinstance(engine, ServedEngine) else {}))
-        gateway = Gateway(manager, default_model=plan.default_model or models[0], settings=plan.settings)
+        gateway = Gateway(
+            manager,
+            default_model=plan.default_model or models[0],
+            settings=plan.settings,
+            keeps_engines=control.keep_engines,
+        )
 
         def announce(url: str) -> None:
             call = url_to_call(url)
@@ -97,7 +104,16 @@ def launch(plan: Plan, *, make_engine: MakeEngine = local_engine) -> None:
         times = f", {control.replicas} engines each" if control.replicas > 1 else ""
         print_quietly(f"Loading {', '.join(models)}{times} …")
         run_gateway(gateway, announce=announce)
-    print_quietly("Stopped.")
+    print_quietly(_farewell(control))
+
+
+def _farewell(control: ControlPlaneSettings) -> str:
+    if not control.keep_engines:
+        return "Stopped."
+    wait = f"{control.orphan_timeout_s:g} s"
+    return (
+        f"Stopped. The engines stay loaded for {wait}: the next start with the state {control.state} takes them over."
+    )
 
 
 def panel(gateway: Gateway, models: Sequence[str], url: str, name: str | None) -> ServerPanel:
@@ -117,6 +133,10 @@ def panel(gateway: Gateway, models: Sequence[str], url: str, name: str | None) -
         rows=[
             *engine_rows(engines),
             *failed,
+            *(
+                ("engines", f"{scaling.min_replicas} to {scaling.max_replicas} of {model}, as the load asks")
+                for model, scaling in manager.config.autoscaling.items()
+            ),
             ("keys", _key_state(settings)),
             ("stop", "Ctrl-C" if name is None else f"Ctrl-C, or sage-llm stop {name}"),
         ],

@@ -127,6 +127,10 @@ class ControlPlaneFlags:
     replicas: Annotated[
         int | None, typer.Option(help="Engines of each model. Default: 1.", min=1, max=MAX_REPLICAS)
     ] = None
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(help="Let their number follow the load, from --replicas up to this.", min=1, max=MAX_REPLICAS),
+    ] = None
     placement: Annotated[
         str | None,
         typer.Option(
@@ -153,13 +157,21 @@ class ControlPlaneFlags:
         Path | None,
         typer.Option(help="A file that survives a crash: the next start with it takes over the children that run."),
     ] = None
+    keep_engines: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-engines",
+            help="At the end, leave the children running for the next start with the same --state, for a minute.",
+        ),
+    ] = None
     failover: Annotated[
         bool | None, typer.Option(help="Let requests of an engine that dies go on elsewhere. Default: yes.")
     ] = None
 
     def over(self, data: dict[str, Any]) -> dict[str, Any]:
         """`data`, the section `control_plane` of a file, with the flags over it."""
-        names = ("replicas", "placement", "scheduling_policy", "routing_policy", "state")
+        sizes = ("replicas", "max_replicas", "placement")
+        names = (*sizes, "scheduling_policy", "routing_policy", "state", "keep_engines")
         for name in names:
             if (value := getattr(self, name)) is not None:
                 data = _with(data, (name,), value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from sagellm_backend.cpu.topology import read_topology
 from sagellm_control_plane.clients.base import EngineClient
+from sagellm_control_plane.run_folder import run_folder, short_folder
 from sagellm_core.config import EngineConfig, LLMEngineConfig
 
 Placement = Literal["local", "process"]
@@ -46,7 +47,7 @@ def shared_out(
     if count == 1:
         return list(engines)
     alone = LLMEngineConfig.model_fields["kv_cache_memory_fraction"].default
-    num_threads = max(1, len(os.sched_getaffinity(0)) // count)
+    num_threads = max(1, read_topology().usable_threads // count)
     shared = []
     for engine in engines:
         options: dict[str, Any] = dict(engine.options)
@@ -59,11 +60,13 @@ def shared_out(
 
 
 @contextmanager
-def engine_maker(placement: Placement, local: MakeEngine, state: Path | None = None) -> Iterator[MakeEngine]:
+def engine_maker(
+    placement: Placement, local: MakeEngine, state: Path | None = None, *, orphan_timeout_s: float = 60.0
+) -> Iterator[MakeEngine]:
     """What makes engines in that place while the body runs; `local` makes those of this process.
 
-    Sockets and logs of children lie in a folder of their own: a temporary one, or, so that they are found again, one
-    beside the file `state`.
+    Sockets and logs of children lie in a folder of their own: a temporary one, or, so that they are found again, that
+    of the file `state`. Without us they wait `orphan_timeout_s` for a successor.
     """
     if placement == "local":
         yield local
@@ -72,7 +75,8 @@ def engine_maker(placement: Placement, local: MakeEngine, state: Path | None = N
 
     with ExitStack() as stack:
         if state is not None:
-            run_dir = f"{state}.run"
-        else:  # short: the path of a Unix socket has no room for more than a hundred characters
-            run_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="sagellm-"))
-        yield lambda config: ProcessEngineClient(config, run_dir=run_dir)
+            run_dir = run_folder(state)
+        else:
+            run_dir = short_folder()
+            stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        yield lambda config: ProcessEngineClient(config, run_dir=run_dir, orphan_timeout_s=orphan_timeout_s)

@@ -209,7 +209,7 @@ def test_chat_and_run_with_a_server(cli: Cli, home: Path) -> None:
         assert "error [invalid_argument]: the prompt has" in long.err
 
         for wrong, code, words in (
-            (("--url", process.url), "unauthenticated", "API key"),
+            (("--url", process.url), "unauthenticated", "required; give one with --api-key"),
             (("--url", process.url, "--api-key", "sk-no-such-key-at-all-here"), "unauthenticated", "not known"),
             ((*asked, "--model", "other"), "not_found", "'other'"),
             ((*asked, "--temperature", "-1"), "invalid_argument", "temperature must be >= 0"),

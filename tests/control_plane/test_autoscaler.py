@@ -23,8 +23,9 @@ from sagellm_control_plane.config import ControlPlaneConfig
 from sagellm_control_plane.engines import ManagedEngine
 from sagellm_control_plane.events import EventKind
 from sagellm_control_plane.fleet import Booking, Fleet
-from sagellm_control_plane.lifecycle import LifecycleHooks, Supervisor
+from sagellm_control_plane.lifecycle import Supervisor
 from sagellm_control_plane.lifecycle_config import LifecycleConfig
+from sagellm_control_plane.lives import LifecycleHooks
 from sagellm_control_plane.load_meter import LoadMeter
 from sagellm_control_plane.replicas import SupervisedReplicas
 from sagellm_control_plane.step_time import StepCoefficients
@@ -153,6 +154,29 @@ def test_objectives_that_are_missed_bring_one_more_whatever_the_formulas_say() -
     world.live(200)
     assert world.num_ready > before
     assert any("missed" in decision.reason or "too many" in decision.reason for decision in world.decisions)
+
+
+def test_objectives_that_no_replica_can_keep_hold_none_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    """A request alone takes 0.1 s to its first token: replicas come with the load all the same, and go with it."""
+    config = CONFIG.model_copy(update={"ttft_ms": 60})
+    world = World(lambda now: 60.0 if 300 <= now < 900 else 1.0, config)
+    with caplog.at_level("WARNING"):
+        world.live(300)
+        assert world.num_ready == 1, "no number of them would help"
+        world.live(600)
+        assert 4 < world.num_ready < config.max_replicas
+        world.live(3600)
+    assert world.num_ready == 1
+    assert sum("out of reach" in record.message for record in caplog.records) == 1
+
+
+def test_a_margin_that_is_less_than_a_request_alone_needs_holds_none() -> None:
+    """0.8 of the objective is less than the 0.1 s that a request needs alone; what is over that counts."""
+    world = World(lambda now: 40.0 if now < 600 else 0.2, CONFIG.model_copy(update={"ttft_ms": 135}))
+    world.live(600)
+    assert world.num_ready > 4
+    world.live(2 * 3600)  # by one every two minutes
+    assert world.num_ready == 1
 
 
 @pytest.mark.parametrize("reason", ["waiting", "context"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any
@@ -13,8 +14,9 @@ import virtual_loop
 from fake_child import FakeChild, FakeThread
 from sagellm_control_plane.breaker import BreakerState
 from sagellm_control_plane.engines import ManagedEngine, Wanted
-from sagellm_control_plane.lifecycle import LifecycleHooks, Supervisor
+from sagellm_control_plane.lifecycle import Supervisor
 from sagellm_control_plane.lifecycle_config import BreakerConfig, LifecycleConfig
+from sagellm_control_plane.lives import LifecycleHooks
 from sagellm_control_plane.replacement import replace_model
 from sagellm_control_plane.types import EngineState, ExecutionInstance
 from sagellm_protocol import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnavailableError
@@ -633,3 +635,63 @@ async def test_a_replacement_needs_room_for_both() -> None:
         await replace_model(house.supervisor, "m", lambda old, engine_id: FakeChild(engine_id))
     assert old.takes_requests
     assert list(house.supervisor.engines) == ["a"]
+
+
+@on_virtual_time
+async def test_two_replacements_at_a_time_leave_as_many_engines_as_there_were() -> None:
+    house = House()
+    for name in ("a", "b"):
+        await house.ready(FakeChild(name))
+    numbers = itertools.count()
+
+    def make(old: ManagedEngine, engine_id: str) -> FakeChild:
+        return FakeChild(engine_id, load_s=1 + next(numbers) % 3)
+
+    both = [asyncio.ensure_future(replace_model(house.supervisor, "m", make)) for _ in range(2)]
+    await asyncio.gather(*both)
+    await asyncio.sleep(5)
+    assert len(house.supervisor.engines) == 2
+    assert all(engine.takes_requests for engine in house.supervisor.engines.values())
+    assert {"a", "b"} <= set(house.removed)
+
+
+@on_virtual_time
+async def test_an_engine_that_an_operator_takes_away_meanwhile_gets_none_in_its_place() -> None:
+    house = House()
+    for name in ("a", "b", "c"):
+        await house.ready(FakeChild(name))
+    made: list[str] = []
+
+    def make(old: ManagedEngine, engine_id: str) -> FakeChild:
+        made.append(engine_id)
+        return FakeChild(engine_id, load_s=5)
+
+    replacing = asyncio.ensure_future(replace_model(house.supervisor, "m", make))
+    await asyncio.sleep(1)
+    house.supervisor.remove("a")  # its successor is starting
+    house.supervisor.remove("c")
+    news = await replacing
+    await asyncio.sleep(5)
+    assert made == ["a.2", "b.2"]
+    assert [engine.engine_id for engine in news] == ["b.2"]
+    assert list(house.supervisor.engines) == ["b.2"]
+
+
+class _ShortLived(FakeChild):
+    """It dies in the moment in which it is ready."""
+
+    def watch(self, *arguments: Any, **options: Any) -> Callable[[], None]:
+        asyncio.get_running_loop().call_soon(self.die)
+        return super().watch(*arguments, **options)
+
+
+@on_virtual_time
+async def test_a_new_engine_that_dies_at_once_takes_nobodys_place() -> None:
+    house = House()
+    await house.ready(FakeChild("a"))
+    with pytest.raises(UnavailableError, match=r"a\.2 was lost"):
+        await replace_model(house.supervisor, "m", lambda old, engine_id: _ShortLived(engine_id))
+    assert house.supervisor.engines["a"].takes_requests
+    await asyncio.sleep(10)
+    assert list(house.supervisor.engines) == ["a"]
+    assert house.supervisor.engines["a"].takes_requests

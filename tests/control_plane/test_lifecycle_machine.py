@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import virtual_loop
 from fake_child import FakeChild, FakeThread
 from sagellm_control_plane.engines import ManagedEngine, Wanted
-from sagellm_control_plane.lifecycle import LifecycleHooks, Supervisor
+from sagellm_control_plane.lifecycle import Supervisor
 from sagellm_control_plane.lifecycle_config import BreakerConfig, LifecycleConfig
+from sagellm_control_plane.lives import LifecycleHooks
 from sagellm_control_plane.replacement import replace_model
 from sagellm_control_plane.types import EngineState, ExecutionInstance
 from sagellm_protocol import SageLLMError, UnavailableError
@@ -271,7 +272,8 @@ def test_some_histories(history: list[Any], options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, derandomize=True)
+@pytest.mark.timeout(600)
+@settings(max_examples=1500, deadline=None)
 @given(_HISTORIES, _OPTIONS)
 def test_many_histories(history: list[Any], options: dict[str, Any]) -> None:
     virtual_loop.run(lambda: live_through(history, **options))

@@ -13,6 +13,7 @@ from sagellm_control_plane.clients.base import EngineRecord
 from sagellm_control_plane.engines import ManagedEngine, Wanted
 from sagellm_control_plane.lifecycle import Supervisor
 from sagellm_control_plane.recovery import restore
+from sagellm_control_plane.replacement import replace_model
 from sagellm_control_plane.store import EngineStore
 from sagellm_control_plane.types import EngineState, ExecutionInstance
 from sagellm_protocol import UnavailableError
@@ -139,6 +140,51 @@ def test_what_is_configured_no_more_or_otherwise_ends(tmp_path: Path) -> None:
     virtual_loop.run(main)
 
 
+@pytest.mark.parametrize("ends", ["before", "while the old one drains", "after"])
+def test_a_replacement_survives_a_crash(tmp_path: Path, ends: str) -> None:
+    """Whatever the moment, the next manager has one engine, and adopts its process."""
+
+    async def main() -> None:
+        machine = Machine(tmp_path / "state.db")
+        supervisor = machine.boot(("a",))
+        await supervisor.start_all()
+        old = supervisor.engines["a"]
+        old.enter()
+        started = asyncio.Event()
+        replacing = asyncio.ensure_future(
+            replace_model(supervisor, "m", lambda _, engine_id: machine.make(engine_id), on_first=started.set)
+        )
+        if ends != "before":
+            await started.wait()
+            await asyncio.sleep(0)
+            assert old.wanted is Wanted.REMOVED
+        if ends == "after":
+            old.leave(True)
+            await replacing
+        else:
+            await asyncio.sleep(0.01)
+        machine.crash()
+
+        for _ in range(2):
+            supervisor = machine.boot(("a",))
+            await machine.restore()
+            await asyncio.sleep(10)
+            (engine,) = supervisor.engines.values()
+            assert engine.engine_id == ("a" if ends == "before" else "a.2")
+            assert engine.takes_requests
+            assert engine.is_configured
+            assert engine.client.num_starts == 1  # type: ignore[attr-defined]
+            assert [stored.engine_id for stored in machine.store.load()] == [engine.engine_id]
+            machine.crash()
+
+        supervisor = machine.boot(("b",))  # what is not configured any more has no place to take
+        await machine.restore()
+        assert list(supervisor.engines) == ["b"]
+        machine.crash()
+
+    virtual_loop.run(main)
+
+
 def test_a_planned_end_leaves_children_and_stops_threads(tmp_path: Path) -> None:
     async def main() -> None:
         machine = Machine(tmp_path / "state.db")
@@ -157,6 +203,12 @@ def test_a_planned_end_leaves_children_and_stops_threads(tmp_path: Path) -> None
         assert child.is_running
         assert not thread.is_running
         assert not loading.client.is_running  # type: ignore[attr-defined]
+        engines = list(supervisor.engines.values())
+        for engine in engines:
+            supervisor.wake(engine)  # by a request that comes too late
+        await asyncio.sleep(10)
+        assert not any(engine.serves("default") or engine.state is not EngineState.STOPPED for engine in engines)
+        assert child.log == ["start"], "it is the next manager's now"
         machine.children["a"] = child
         machine.store.close()
         supervisor = machine.boot(("a",))

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sagellm_control_plane.clients.base import EngineRecord
 from sagellm_control_plane.engines import Wanted
 from sagellm_control_plane.store import EngineStore, StoredEngine
 from sagellm_control_plane.types import ExecutionInstance, ExecutionInstanceType
-from sagellm_core.config import LLMEngineConfig
+from sagellm_core.config import EngineConfig, LLMEngineConfig
 from sagellm_protocol import InvalidArgumentError, SamplingParams, UnavailableError
 
 RECORD = EngineRecord("a", 4711, 1234.5, "/run/a.sock", "abc", {"model_path": "builtin"})
@@ -48,6 +49,37 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     with EngineStore(path) as store:
         assert store.load() == [stored("b", wanted=Wanted.STOPPED)]
     assert oct(path.stat().st_mode & 0o777) == "0o600"
+
+
+def test_a_file_of_the_version_before(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    engine = stored("a", child=RECORD)
+    with EngineStore(path) as store:
+        store.save(engine)
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(
+            """
+            ALTER TABLE engines RENAME TO newer;
+            CREATE TABLE engines (
+                engine_id TEXT PRIMARY KEY, instance TEXT NOT NULL, config TEXT NOT NULL, wanted TEXT NOT NULL,
+                is_configured INTEGER NOT NULL, child TEXT
+            );
+            INSERT INTO engines SELECT engine_id, instance, config, wanted, is_configured, child FROM newer;
+            DROP TABLE newer;
+            DROP TABLE replaced;
+            PRAGMA user_version = 1;
+            """
+        )
+    configured = EngineConfig(model="m", options={"max_batch_size": 3})
+    with EngineStore(path) as store:
+        assert store.load() == [engine]
+        assert store.load_replaced() == {}
+        store.save(stored("a.2", stands_for="a"))
+        store.save_replaced({"first": EngineConfig(model="m")})
+        store.save_replaced({"second": configured})
+    with EngineStore(path) as store:
+        assert [engine.stands_for for engine in store.load()] == [None, "a"]
+        assert store.load_replaced() == {"second": configured}
 
 
 def test_one_manager_at_a_time(tmp_path: Path) -> None:

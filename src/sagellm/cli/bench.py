@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sagellm.cli.display import figures_table, progress_bar
 from sagellm.cli.session import make_engine
 from sagellm_core.command import print_quietly
 from sagellm_protocol import InvalidArgumentError
@@ -65,7 +64,7 @@ async def _run(
 ) -> dict[str, Any]:
     from sagellm_benchmark.serving import run_load
 
-    with make_progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("loading", total=None)
         async with engine:
             progress.update(task, description="measuring", total=load.warmup + load.runs)
@@ -89,7 +88,7 @@ def bench_kernels(
 
     check_writable(file)
     plan = plan_kernels(shape, ops=ops, formats=formats, rows=rows, num_threads=num_threads)
-    with make_progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=len(plan.cases))
 
         def on_case(label: str) -> None:
@@ -106,20 +105,15 @@ def bench_kernels(
     )
 
 
-def make_progress() -> Progress:
-    """A bar on stderr that goes away, so that pipes get the table alone."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
 # ---- tables -------------------------------------------------------------------------------------------
 
 
 def latency_table(result: dict[str, Any]) -> Table:
     """One line a latency, and the rates below."""
     load = result["load"]
-    title = f"{load['requests']} at a time, {load['input_len']} → {load['output_len']} tokens, {load['runs']} runs"
-    table = Table("ms", "mean", "p50", "p90", "p99", "max", title=title)
+    columns = ("mean", "p50", "p90", "p99", "max")
+    table = figures_table("ms", *columns, text=("ms",))
+    table.title = f"{load['requests']} at a time, {load['input_len']} → {load['output_len']} tokens, {_runs(load)}"
     for name, label in (
         ("ttft_ms", "time to first token"),
         ("tpot_ms", "time per output token"),
@@ -127,7 +121,7 @@ def latency_table(result: dict[str, Any]) -> Table:
         ("latency_ms", "whole request"),
     ):
         if (summary := result[name]) is not None:
-            table.add_row(label, *(f"{summary[column]:.2f}" for column in ("mean", "p50", "p90", "p99", "max")))
+            table.add_row(label, *(f"{summary[column]:.2f}" for column in columns))
     table.add_section()
     _add_rates(
         table,
@@ -140,11 +134,11 @@ def latency_table(result: dict[str, Any]) -> Table:
 def throughput_table(result: dict[str, Any]) -> Table:
     """One line a rate."""
     load = result["load"]
-    title = (
+    table = figures_table("rate", "a second", text=("rate",))
+    table.title = (
         f"{load['requests']} requests, {load['concurrency']} at a time, "
-        f"{load['input_len']} → {load['output_len']} tokens, median of {load['runs']} runs"
+        f"{load['input_len']} → {load['output_len']} tokens, median of {_runs(load)}"
     )
-    table = Table("rate", "a second", title=title)
     _add_rates(
         table,
         result,
@@ -158,6 +152,10 @@ def throughput_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _runs(load: dict[str, Any]) -> str:
+    return "1 run" if load["runs"] == 1 else f"{load['runs']} runs"
+
+
 def _add_rates(table: Table, result: dict[str, Any], names: dict[str, str]) -> None:
     for name, label in names.items():
         if result[name] is not None:
@@ -166,9 +164,7 @@ def _add_rates(table: Table, result: dict[str, Any], names: dict[str, str]) -> N
 
 def kernels_table(report: KernelReport) -> Table:
     """One line a case, under the name of its op and its implementation."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("case", "time", "GB/s", "of limit", "GFLOP/s", "of limit", "× ref."):
-        table.add_column(column, no_wrap=True, justify="left" if column == "case" else "right")
+    table = figures_table("case", "time", "GB/s", "of limit", "GFLOP/s", "of limit", "× ref.", text=("case",))
     op = None
     for result in report.results:
         case = result.case

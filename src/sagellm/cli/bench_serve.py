@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sagellm.cli.bench import check_writable, make_progress, write_results
+from sagellm.cli.bench import check_writable, write_results
+from sagellm.cli.display import figures_table, progress_bar
 from sagellm_benchmark.serve.benchmark import ServeLoad, run_serve_benchmark
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def _run(measuring: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
 
 
 async def _measure(load: ServeLoad, detailed: bool) -> dict[str, Any]:
-    with make_progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task(f"asking {load.url}", total=None)
         num_failed = 0
 
@@ -67,7 +68,7 @@ async def _measure(load: ServeLoad, detailed: bool) -> dict[str, Any]:
 def rates_table(result: dict[str, Any]) -> Table:
     """Requests and tokens, of all and a second."""
     load, seconds = result["load"], result["duration_s"]
-    table = Table("", "all", "a second", box=SIMPLE_HEAD, pad_edge=False)
+    table = figures_table("", "all", "a second", text=("",))
     num_good = result["num_requests"] - result["num_failed"]
     table.add_row("requests answered", str(num_good), f"{result['requests_per_second']:.2f}")
     if (goodput := result["goodput"]) is not None:
@@ -90,15 +91,13 @@ def rates_table(result: dict[str, Any]) -> Table:
     table.add_row("sent late, p99", f"{result['late_ms_p99']:.1f} ms", "")
     if load["num_cut_to_context"]:
         table.add_row("cut to the model's context", str(load["num_cut_to_context"]), "")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 
 def latencies_table(result: dict[str, Any]) -> Table:
     """One line a latency, in milliseconds."""
     columns = {"mean": "mean", "p50": "median", "p90": "p90", "p99": "p99", "max": "max"}
-    table = Table("ms", *columns.values(), box=SIMPLE_HEAD, pad_edge=False)
+    table = figures_table("ms", *columns.values(), text=("ms",))
     for name, label in (
         ("ttft_ms", "time to first token"),
         ("tpot_ms", "time per output token"),
@@ -107,8 +106,6 @@ def latencies_table(result: dict[str, Any]) -> Table:
     ):
         if (summary := result[name]) is not None:
             table.add_row(label, *(f"{summary[column]:.2f}" for column in columns))
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sagellm.cli.bench import check_writable
+from sagellm.cli.display import figures_table
 from sagellm.cli.session import make_engine
 from sagellm_core.command import print_quietly
 
@@ -25,6 +27,7 @@ def run_demo(workload: str, output: Path, engine: EngineFlags) -> None:
     from sagellm_core.demo import write_results
 
     chosen = load_workload(workload)
+    check_writable(output)
     results = asyncio.run(_run(make_engine(engine), chosen))
     write_results(results, output)
     Console().print(_table(results["scenarios"]))
@@ -44,7 +47,8 @@ async def _run(engine: LLMEngine, workload: Workload) -> dict[str, Any]:
 
 
 def _table(scenarios: list[dict[str, Any]]) -> Table:
-    table = Table("scenario", "requests", "at a time", "TTFT ms", "TPOT ms", "tokens/s", "errors")
+    columns = ("scenario", "requests", "at a time", "TTFT ms", "TPOT ms", "tokens/s", "errors")
+    table = figures_table(*columns, text=("scenario",))
     for scenario in scenarios:
         metrics = scenario["metrics"]
         table.add_row(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sagellm.cli.display import figures_table
+
 if TYPE_CHECKING:
     from sagellm_control_plane.planner import Estimate, Plan
 
@@ -67,13 +69,10 @@ def _make(name: str, gpus: str, flags: PlanFlags) -> Plan:
 
 
 def _print_table(plan: Plan) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("layout", "tokens/s", "TTFT p90", "TPOT", "batch", "weights", "KV tokens", ""):
-        table.add_column(name, justify="left" if name in ("layout", "") else "right", no_wrap=True)
+    columns = ("layout", "tokens/s", "TTFT p90", "TPOT", "batch", "weights", "KV tokens", "")
+    table = figures_table(*columns, text=("layout", ""))
     pareto = {id(item) for item in plan.pareto}
     for item in plan.estimates[:_ROWS]:
         table.add_row(*_row(item), _mark(plan, item, is_pareto=id(item) in pareto))

@@ -109,7 +109,10 @@ def _refusal(status: int, content: bytes) -> SageLLMError:
         error = _object_in(content).get("error")
     except _NoObject:
         error = None
-    return error_of(error or f"the server answered with status {status}", status)
+    refusal = error_of(error or f"the server answered with status {status}", status)
+    if refusal.code.value == "unauthenticated":  # its remedy names a header
+        return make_error("unauthenticated", f"{refusal.message.partition(';')[0]}; give one with --api-key")
+    return refusal
 
 
 def error_of(error: Any, status: int = 500) -> SageLLMError:

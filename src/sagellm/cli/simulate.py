@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sagellm.cli.display import figures_table, progress_bar
 from sagellm_gateway.options import complete_routing_policy, complete_scheduling_policy
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def simulate_command(
 
     trace = _trace(load)
     configs = list(_configs(load, engine, policy))
-    reports = list(_run_all(trace, configs, policy, quiet=as_json))
+    reports = list(_run_all(trace, configs, policy))
     if as_json:
         name = "synthetic" if load.trace is None else load.trace.name
         print(json.dumps(results_as_json(configs[0], reports, name), indent=2))
@@ -86,17 +87,13 @@ def simulate_command(
 
 
 def _run_all(
-    trace: list[TraceRequest], configs: list[SimulationConfig], flags: SimulatedPolicyFlags, *, quiet: bool
+    trace: list[TraceRequest], configs: list[SimulationConfig], flags: SimulatedPolicyFlags
 ) -> Iterator[SimulationReport]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     from sagellm_benchmark.simulator import GOODPUT_TPOT_S, GOODPUT_TTFT_S, simulate, summarize
 
     ttft_s = GOODPUT_TTFT_S if flags.ttft is None else flags.ttft / 1e3
     tpot_s = GOODPUT_TPOT_S if flags.tpot is None else flags.tpot / 1e3
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=len(configs))
         for config in configs:
             progress.update(task, description=f"{config.router}, {config.policy}")
@@ -167,16 +164,12 @@ def _coefficients(text: str) -> Any:
 
 
 def _print_table(reports: list[SimulationReport]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     has_policies = len({report.policy for report in reports}) > 1
-    for name in ("routing", *(["scheduling"] if has_policies else [])):
-        table.add_column(name, no_wrap=True)
-    for name in ("TTFT ms", "p50", "p90", "p99", "TPOT ms", "E2E s", "hits", "goodput", "busy"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("routing", "scheduling") if has_policies else ("routing",)
+    figures = ("TTFT ms", "p50", "p90", "p99", "TPOT ms", "E2E s", "hits", "goodput", "busy")
+    table = figures_table(*names, *figures, text=names)
     for report in reports:
         ttft = report.ttft_ms
         table.add_row(

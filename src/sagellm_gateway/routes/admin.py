@@ -19,15 +19,19 @@ from sagellm_gateway.context import gateway_of
 from sagellm_gateway.documents import EVENTS, described
 from sagellm_gateway.live_stats import engine_entry
 from sagellm_gateway.settings import GatewaySettings
-from sagellm_protocol import NotFoundError, ResourceExhaustedError, parse
+from sagellm_protocol import InvalidArgumentError, NotFoundError, ResourceExhaustedError, parse
 from sagellm_protocol.model import EdgeModel, Remedy
 
 if TYPE_CHECKING:
+    from sagellm_control_plane import ControlPlaneManager
+    from sagellm_core.config import EngineConfig
     from sagellm_gateway.app import Gateway
 
 MAX_ENGINES = 64
 
 _STREAM_EVERY_S = 1.0
+# What an engine loads and what it may run; its name is the control plane's.
+_OPERATORS_OPTIONS = ("model_path", "revision", "packed_cache_dir", "trust_remote_code", "engine_id")
 
 router = APIRouter(prefix="/admin", tags=["Administration"])
 
@@ -42,6 +46,15 @@ class NewEngine(EdgeModel):
 
     model: str = Field(min_length=1, max_length=512)
     engine_id: EngineName | None = None
+
+
+class Replacement(EdgeModel):
+    """The body of `POST /admin/models/{model}/replace`: again what the operator has configured, and what differs."""
+
+    model: str | None = Field(
+        default=None, min_length=1, max_length=512, description="whose configuration is taken; None: its own"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="of the engine, over those configured")
 
 
 # ---- figures ------------------------------------------------------------------------------------------
@@ -111,13 +124,10 @@ async def add_engine(http: HttpRequest) -> HttpResponse:
     require_admin(http)
     manager = gateway_of(http).manager
     call = parse(NewEngine, await read_json_object(http), what="new engine")
-    allowed = manager.allowed_models
-    if call.model not in allowed:
-        known = ", ".join(sorted(allowed)) or "none"
-        raise NotFoundError(f"no model {call.model!r} is configured; configured: {known}", field="model")
+    configured = _configured(manager, call.model)
     if len(manager.list_engines()) >= MAX_ENGINES:
         raise ResourceExhaustedError(f"there are {MAX_ENGINES} engines already; delete one first", retryable=False)
-    engine_id = manager.register_config(allowed[call.model].model_copy(update={"engine_id": call.engine_id}))
+    engine_id = manager.register_config(configured.model_copy(update={"engine_id": call.engine_id}))
     manager.start_engine(engine_id)
     return await _engine(http, engine_id, status=202)
 
@@ -169,12 +179,38 @@ async def delete_engine(http: HttpRequest, engine_id: str) -> HttpResponse:
     return _json({"engine_id": engine_id, "deleted": True}, status=202)
 
 
+@router.post("/models/{model:path}/replace", response_model=None)
+@described(body=Replacement, fails=(404, 501))
+async def replace_model(http: HttpRequest, model: str) -> HttpResponse:
+    """Put new engines in the place of a model's old ones, one after the other; answers when the last has left."""
+    require_admin(http)
+    manager = gateway_of(http).manager
+    call = parse(Replacement, await read_json_object(http), what="replacement")
+    refused = next((name for name in _OPERATORS_OPTIONS if name in call.options), None)
+    if refused is not None:
+        raise InvalidArgumentError(
+            f"options.{refused} is the operator's alone; configure it and name its model", field=f"options.{refused}"
+        )
+    config = _configured(manager, call.model or model)
+    options = {**config.options, **call.options}
+    engine_ids = await manager.replace_model(model, config.model_copy(update={"options": options}))
+    return _json({"model": model, "engines": engine_ids})
+
+
 @router.post("/cache/reset", response_model=None)
 @described()
 async def reset_cache(http: HttpRequest) -> HttpResponse:
     """Forget the cached prefixes of all engines; false for an engine whose requests hold blocks."""
     require_admin(http)
     return _json({"reset": await gateway_of(http).manager.reset_prefix_cache()})
+
+
+def _configured(manager: ControlPlaneManager, model: str) -> EngineConfig:
+    allowed = manager.allowed_models
+    if model not in allowed:
+        known = ", ".join(sorted(allowed)) or "none"
+        raise NotFoundError(f"no model {model!r} is configured; configured: {known}", field="model")
+    return allowed[model]
 
 
 async def _engine(http: HttpRequest, engine_id: str, *, status: int = 200) -> HttpResponse:
