@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 _WIDTH = 8  # slots of a bucket
 _FIRST_BUCKETS = 128
 _NOBODY = -1  # rows are 0 and above, sets of rows are numbered downwards from -2
+_FIRST_LOOK = 16  # blocks of a prompt that are looked up first, and then four times as many again and again
 _FEW = 16  # rows that are counted bit by bit; more of them are counted by numpy
 
 
@@ -119,30 +120,44 @@ class BlockMap:
                     counts[row] = end
             return counts
         width = (levels[0].bit_length() + 7) // 8
-        data = np.frombuffer(b"".join([level.to_bytes(width, "little") for level in levels]), np.uint8)
-        bits = np.unpackbits(data.reshape(-1, width), axis=1, bitorder="little")
         num_rows = min(size, 8 * width)
         if len(levels) == 1:
-            np.multiply(bits[0, :num_rows], ends[0], out=counts[:num_rows])
-        else:
-            num_levels = bits.sum(axis=0, dtype=np.uint8 if len(levels) < 256 else np.int64)
-            counts[:num_rows] = np.array([0, *ends])[num_levels[:num_rows]]
+            bits = np.unpackbits(np.frombuffer(levels[0].to_bytes(width, "little"), np.uint8), bitorder="little")
+            np.putmask(counts[:num_rows], bits[:num_rows].view(np.bool_), ends[0])
+            return counts
+        data = np.frombuffer(b"".join([level.to_bytes(width, "little") for level in levels]), np.uint8)
+        bits = np.unpackbits(data.reshape(-1, width), axis=1, bitorder="little")
+        num_levels = bits.sum(axis=0, dtype=np.uint8 if len(levels) < 256 else np.int64)
+        counts[:num_rows] = np.array([0, *ends])[num_levels[:num_rows]]
         return counts
 
     # ---- steps of the above ---------------------------------------------------------------------------
 
     def _lookup(self, block_hashes: Sequence[bytes]) -> list[int]:
-        """The holders of the first blocks, up to the first that nobody has."""
-        if not block_hashes or self._find(_key(block_hashes[0]))[1] == _NOBODY:
+        """The holders of the first blocks, up to the first that nobody has.
+
+        Longer and longer parts are looked at, since most prompts share a beginning or nothing with what is cached, and
+        the rest of the hashes may not even be made yet.
+        """
+        if not block_hashes or (first := self._find(_key(block_hashes[0]))[1]) == _NOBODY:
             return []
+        holders, end = [first], 1
+        while end == len(holders) < len(block_hashes):
+            start, end = end, min(max(_FIRST_LOOK, 4 * end), len(block_hashes))
+            holders += self._gather(block_hashes[start:end])
+        return holders
+
+    def _gather(self, block_hashes: Sequence[bytes]) -> list[int]:
+        """The same of blocks all at once."""
         keys = np.frombuffer(b"".join(block_hashes), "<i8")[:: len(block_hashes[0]) // 8]
         buckets = keys & self._mask
-        places = (self._buckets[buckets] == keys[:, None]).argmax(axis=1)
-        slots = buckets * _WIDTH + places
-        found = self._holders[slots]
-        found[self._keys[slots] != keys] = _NOBODY
+        slots = (self._buckets.take(buckets, axis=0) == keys[:, None]).argmax(axis=1)  # in the bucket
+        buckets *= _WIDTH
+        slots += buckets
+        found = self._holders.take(slots)
+        np.putmask(found, self._keys.take(slots) != keys, _NOBODY)
         holders: list[int] = found.tolist()
-        while _NOBODY in holders:
+        while _NOBODY in holders:  # unless it is in the overflow
             index = holders.index(_NOBODY)
             holders[index] = self._find(_key(block_hashes[index]))[1]
             if holders[index] == _NOBODY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 from sagellm_control_plane.engines import ManagedEngine
 from sagellm_kv_cache.hashing import extend_block_hashes, root_hash
@@ -35,22 +36,49 @@ async def with_tokens(request: Request, serving: Sequence[ManagedEngine]) -> Req
     return request.model_copy(update={"prompt_token_ids": token_ids}) if token_ids else request
 
 
-def block_hashes(request: Request, block_size: int) -> tuple[bytes, ...]:
-    """The names that the engines' caches have for the prompt's full blocks; none where its tokens are not known."""
+class BlockNames(Sequence[bytes]):
+    """The names that the engines' caches have for the full blocks of a prompt, made as far as somebody asks.
+
+    Most prompts share with what is cached a beginning or nothing, and a long one takes milliseconds to name.
+    """
+
+    __slots__ = ("_block_size", "_made", "_num_blocks", "_root", "_token_ids")
+
+    def __init__(self, token_ids: Sequence[int], block_size: int, root: bytes) -> None:
+        """`token_ids` are valid, and change no more."""
+        self._token_ids = token_ids
+        self._block_size = block_size
+        self._root = root
+        self._num_blocks = len(token_ids) // block_size
+        self._made: list[bytes] = []
+
+    def __len__(self) -> int:
+        return self._num_blocks
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        places = range(self._num_blocks)[index]
+        end = places + 1 if isinstance(places, int) else max(places, default=-1) + 1
+        extend_block_hashes(self._made, self._token_ids, self._block_size, end, self._root)
+        return self._made[places] if isinstance(places, int) else [self._made[place] for place in places]
+
+
+def block_hashes(request: Request, block_size: int) -> Sequence[bytes]:
+    """The names of the prompt's full blocks; none where its tokens are not known."""
     token_ids = request.prompt if isinstance(request.prompt, list) else request.prompt_token_ids
-    if not token_ids:
-        return ()
-    hashes: list[bytes] = []
-    root = root_hash(request.cache_salt, request.lora)
-    extend_block_hashes(hashes, token_ids, block_size, len(token_ids) // block_size, root)
-    return tuple(hashes)
+    return BlockNames(token_ids, block_size, root_hash(request.cache_salt, request.lora)) if token_ids else ()
 
 
 def text_of(request: Request) -> str:
     """The text that a prompt begins with, for engines that tell nothing of their caches."""
     if isinstance(request.prompt, str):
         return request.prompt
-    return "".join(str(message.content) for message in request.messages or ())
+    return "".join([str(message.content) for message in request.messages or ()])
 
 
 def estimate_prompt_tokens(request: Request) -> int:
@@ -58,7 +86,9 @@ def estimate_prompt_tokens(request: Request) -> int:
     token_ids = request.prompt if isinstance(request.prompt, list) else request.prompt_token_ids
     if token_ids is not None:
         return len(token_ids)
-    return max(1, len(text_of(request).encode("utf-8", errors="replace")) // _BYTES_PER_TOKEN)
+    text = text_of(request)
+    num_bytes = len(text) if text.isascii() else len(text.encode("utf-8", errors="replace"))
+    return max(1, num_bytes // _BYTES_PER_TOKEN)
 
 
 def num_outputs(request: Request) -> int:

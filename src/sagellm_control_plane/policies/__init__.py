@@ -6,7 +6,7 @@ of `SchedulingPolicy`. A built-in name can't be taken over, and nothing is impor
 
 from __future__ import annotations
 
-from sagellm_control_plane.plugins import load_class, names
+from sagellm_control_plane.plugins import Registry
 from sagellm_control_plane.policies.base import (
     Destination,
     Key,
@@ -17,7 +17,6 @@ from sagellm_control_plane.policies.base import (
 )
 
 __all__ = [
-    "ENTRY_POINT_GROUP",
     "POLICIES",
     "Destination",
     "Key",
@@ -29,32 +28,18 @@ __all__ = [
     "list_policies",
 ]
 
-ENTRY_POINT_GROUP = "sagellm.scheduling_policies"
-
 POLICIES = {
-    "adaptive": "sagellm_control_plane.policies.adaptive:AdaptivePolicy",
-    "cost_optimized": "sagellm_control_plane.policies.cost_optimized:CostOptimizedPolicy",
-    "fair": "sagellm_control_plane.policies.fair:FairPolicy",
-    "fifo": "sagellm_control_plane.policies.fifo:FifoPolicy",
-    "priority": "sagellm_control_plane.policies.priority:PriorityPolicy",
-    "slo_aware": "sagellm_control_plane.policies.slo_aware:SloAwarePolicy",
+    "adaptive": "adaptive:AdaptivePolicy",
+    "cost_optimized": "cost_optimized:CostOptimizedPolicy",
+    "fair": "fair:FairPolicy",
+    "fifo": "fifo:FifoPolicy",
+    "priority": "priority:PriorityPolicy",
+    "slo_aware": "slo_aware:SloAwarePolicy",
 }
 
+_registry: Registry[SchedulingPolicy] = Registry(
+    __name__, "base:SchedulingPolicy", POLICIES, group="sagellm.scheduling_policies", field="scheduling_policy"
+)
 
-def list_policies() -> list[str]:
-    """Every name that `get_policy` takes, sorted."""
-    return names(POLICIES, ENTRY_POINT_GROUP)
-
-
-def get_policy(name: str) -> type[SchedulingPolicy]:
-    """The policy `name`, to be made with a `PolicyContext`.
-
-    Raises `InvalidArgumentError` for an unknown name, `UnavailableError` for one whose package can't be loaded.
-    """
-    return load_class(
-        name,
-        SchedulingPolicy,  # type: ignore[type-abstract]  # mypy sees a class that would be made
-        POLICIES,
-        ENTRY_POINT_GROUP,
-        field="scheduling_policy",
-    )
+list_policies = _registry.names
+get_policy = _registry.get

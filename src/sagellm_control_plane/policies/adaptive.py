@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, TypeVar
 
 from sagellm_control_plane.policies.base import Key, PolicyContext, SchedulingPolicy, WaitingRequest
@@ -51,6 +51,11 @@ class AdaptivePolicy(SchedulingPolicy):
         self._policies: dict[str, SchedulingPolicy] = {
             policy.name: policy(context) for policy in (FifoPolicy, SloAwarePolicy, FairPolicy, PriorityPolicy)
         }
+        self._on_arrival = self._who_hears("on_arrival")
+        self._on_left = self._who_hears("on_left")
+        self._on_granted = self._who_hears("on_granted")
+        self._on_tokens = self._who_hears("on_tokens")
+        self._on_ended = self._who_hears("on_ended")
         self._now = self._policies["fifo"]
         self._is_busy = False
         self._misses = False
@@ -82,42 +87,53 @@ class AdaptivePolicy(SchedulingPolicy):
     def changes_at(self, waiting: WaitingRequest, now: float) -> float:
         return self._now.changes_at(waiting, now)
 
+    def lowered(self) -> set[Hashable] | None:
+        return self._now.lowered()
+
+    def is_alike(self, first: WaitingRequest, other: WaitingRequest) -> bool:
+        return self._now.is_alike(first, other)
+
     def narrow(self, waiting: WaitingRequest, rows: NDArray[np.intp], fleet: Fleet, now: float) -> NDArray[np.intp]:
         return self._now.narrow(waiting, rows, fleet, now)
 
     # ---- what becomes of requests ---------------------------------------------------------------------
 
     def on_arrival(self, waiting: WaitingRequest, now: float) -> None:
-        for policy in self._policies.values():
-            policy.on_arrival(waiting, now)
+        for hear in self._on_arrival:
+            hear(waiting, now)
         self._count(waiting, 1)
         self._look(now)
 
     def on_left(self, waiting: WaitingRequest, now: float) -> None:
-        for policy in self._policies.values():
-            policy.on_left(waiting, now)
+        for hear in self._on_left:
+            hear(waiting, now)
         self._count(waiting, -1)
         self._look(now)
 
     def on_granted(self, waiting: WaitingRequest, num_cached_tokens: int, now: float) -> None:
-        for policy in self._policies.values():
-            policy.on_granted(waiting, num_cached_tokens, now)
+        for hear in self._on_granted:
+            hear(waiting, num_cached_tokens, now)
         if waiting.first_token_due < float("inf"):
             self._due[waiting] = waiting.first_token_due
 
     def on_tokens(self, waiting: WaitingRequest, num_tokens: int, now: float) -> None:
-        for policy in self._policies.values():
-            policy.on_tokens(waiting, num_tokens, now)
+        for hear in self._on_tokens:
+            hear(waiting, num_tokens, now)
         due = self._due.pop(waiting, None)
         if due is not None:
             self._kept = _MEMORY * self._kept + (1 - _MEMORY) * (now <= due)
             self._look(now)
 
     def on_ended(self, waiting: WaitingRequest, now: float, *, num_unserved_tokens: int = 0) -> None:
-        for policy in self._policies.values():
-            policy.on_ended(waiting, now, num_unserved_tokens=num_unserved_tokens)
+        for hear in self._on_ended:
+            hear(waiting, now, num_unserved_tokens=num_unserved_tokens)
         self._due.pop(waiting, None)
         self._look(now)
+
+    def _who_hears(self, hook: str) -> list[Callable[..., None]]:
+        """The hooks of those policies that do something there."""
+        silent, policies = getattr(SchedulingPolicy, hook), self._policies.values()
+        return [getattr(policy, hook) for policy in policies if getattr(type(policy), hook) is not silent]
 
     # ---- the choice -----------------------------------------------------------------------------------
 

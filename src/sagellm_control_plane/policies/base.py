@@ -4,7 +4,8 @@ A policy is one class with a `key`; the rest has defaults. `WaitQueue` asks it i
 
 - `is_static` (the default): a request's key never changes, and the queue keeps a heap.
 - lanes: requests of one `lane` keep their `order` among themselves, and only the first of each are compared by `key` at
-  a pop. Tenants are lanes of `fair`.
+  a pop. Tenants are lanes of `fair`. Where keys mostly grow and `lowered` tells of the rest, the queue keeps a heap of
+  lanes, too.
 - neither: every waiting request's key is computed at every pop.
 
 The hooks tell a policy what becomes of requests. All belong to one event loop, and none may block.
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 Key = tuple[float, ...]
 Destination = tuple[str, RequestType]  # the model that is asked for, and what of it
 
+_NEVER = float("inf")
+
 
 @dataclass(slots=True, eq=False)
 class WaitingRequest:
@@ -51,15 +54,18 @@ class WaitingRequest:
     def __post_init__(self) -> None:
         request, slo = self.request, self.request.slo
         self.destination = request.model, RequestType.of(request)
-        ttft_ms = None if slo is None else slo.ttft_ms
-        deadline_ms = None if slo is None else slo.deadline_ms
-        self.first_token_due = float("inf") if ttft_ms is None else self.arrival_time + ttft_ms / 1e3
-        self.deadline = float("inf") if deadline_ms is None else self.arrival_time + deadline_ms / 1e3
+        self.first_token_due = self.deadline = _NEVER
+        if slo is None:
+            return
+        if slo.ttft_ms is not None:
+            self.first_token_due = self.arrival_time + slo.ttft_ms / 1e3
+        if slo.deadline_ms is not None:
+            self.deadline = self.arrival_time + slo.deadline_ms / 1e3
 
     @property
     def has_objective(self) -> bool:
         """Whether a time is set for its first or its last token."""
-        return min(self.first_token_due, self.deadline) < float("inf")
+        return min(self.first_token_due, self.deadline) < _NEVER
 
 
 class PolicyOptions(EdgeModel):
@@ -119,6 +125,17 @@ class SchedulingPolicy(ABC):
     def changes_at(self, waiting: WaitingRequest, now: float) -> float:
         """When a request must be given a lane and an order anew, if it still waits then."""
         return float("inf")
+
+    def lowered(self) -> set[Hashable] | None:
+        """The lanes whose keys have become less while the queue did not look, for it to clear; all others only grow.
+
+        None: keys may change in any way, and those of all lanes are compared at every pop.
+        """
+        return None
+
+    def is_alike(self, first: WaitingRequest, other: WaitingRequest) -> bool:
+        """Whether `other`, which is behind `first` in its lane, may go before it if that saves work."""
+        return False
 
     def narrow(self, waiting: WaitingRequest, rows: NDArray[np.intp], fleet: Fleet, now: float) -> NDArray[np.intp]:
         """Those of the engines with a free place that the router may choose from; at least one."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 
+from sagellm_control_plane.lazy_heap import LazyHeap
 from sagellm_control_plane.policies.base import Key, PolicyContext, SchedulingPolicy, WaitingRequest
 
 PROMPT_PRICE = 1.0  # of a prompt token that no cache held
@@ -30,6 +32,8 @@ class FairPolicy(SchedulingPolicy):
         super().__init__(context)
         self._service: dict[str, float] = {}
         self._num_waiting: Counter[str] = Counter()
+        self._least: LazyHeap[str, tuple[float]] = LazyHeap(lambda tenant: (self._service[tenant],))  # of those waiting
+        self._lowered: set[Hashable] = set()  # waiting tenants
         self._num_running: Counter[str] = Counter()
         self._charged: dict[WaitingRequest, float] = {}  # for prompts, of requests on engines
         self._last_service = 0.0  # of the tenant that left the queue last
@@ -49,6 +53,12 @@ class FairPolicy(SchedulingPolicy):
     def order(self, waiting: WaitingRequest, now: float) -> Key:
         return (waiting.arrival_time,)
 
+    def lowered(self) -> set[Hashable]:
+        return self._lowered
+
+    def is_alike(self, first: WaitingRequest, other: WaitingRequest) -> bool:
+        return True
+
     # ---- what becomes of requests ---------------------------------------------------------------------
 
     def on_arrival(self, waiting: WaitingRequest, now: float) -> None:
@@ -58,11 +68,15 @@ class FairPolicy(SchedulingPolicy):
             if len(self._service) >= _MAX_TENANTS and tenant not in self._service:
                 self._forget_some()
             self._service[tenant] = max(self.service(tenant), floor)
+            self._least.put(tenant)
         self._num_waiting[tenant] += 1
 
     def on_left(self, waiting: WaitingRequest, now: float) -> None:
         self._last_service = self._service[waiting.tenant]
         _count_down(self._num_waiting, waiting.tenant)
+        if not self._num_waiting[waiting.tenant]:
+            self._least.discard(waiting.tenant)
+            self._lowered.discard(waiting.tenant)
 
     def on_granted(self, waiting: WaitingRequest, num_cached_tokens: int, now: float) -> None:
         self._num_running[waiting.tenant] += 1
@@ -81,11 +95,15 @@ class FairPolicy(SchedulingPolicy):
 
     def _charge(self, tenant: str, amount: float) -> float:
         self._service[tenant] += amount / self.context.weight(tenant)
+        if amount < 0 and self._num_waiting[tenant]:
+            self._least.put(tenant)
+            self._lowered.add(tenant)
         return amount
 
     def _floor(self) -> float:
         """What a tenant that joins is lifted to; as the last one left, where nobody waits."""
-        return min((self._service[tenant] for tenant in self._num_waiting), default=self._last_service)
+        least = self._least.first()
+        return self._last_service if least is None else self._service[least]
 
     def _forget_some(self) -> None:
         """Make room: of those who ask for nothing, the ones with the least service, whom a return lifts most."""

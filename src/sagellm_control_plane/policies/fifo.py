@@ -12,3 +12,6 @@ class FifoPolicy(SchedulingPolicy):
 
     def key(self, waiting: WaitingRequest, now: float) -> Key:
         return (waiting.arrival_time,)
+
+    def is_alike(self, first: WaitingRequest, other: WaitingRequest) -> bool:
+        return True

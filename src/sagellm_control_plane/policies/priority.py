@@ -17,3 +17,6 @@ class PriorityPolicy(SchedulingPolicy):
 
     def key(self, waiting: WaitingRequest, now: float) -> Key:
         return (waiting.arrival_time + int(waiting.request.priority) * self.context.options.ageing_s,)
+
+    def is_alike(self, first: WaitingRequest, other: WaitingRequest) -> bool:
+        return first.request.priority == other.request.priority

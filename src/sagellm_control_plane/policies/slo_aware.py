@@ -71,6 +71,9 @@ class SloAwarePolicy(SchedulingPolicy):
         place = self._places[waiting]
         return place.latest + 1e-9 if place.lane == _REACHABLE else _INFINITY
 
+    def is_alike(self, first: WaitingRequest, other: WaitingRequest) -> bool:
+        return self._places[first].lane == _BEST_EFFORT
+
     def narrow(self, waiting: WaitingRequest, rows: NDArray[np.intp], fleet: Fleet, now: float) -> NDArray[np.intp]:
         slo = waiting.request.slo
         if slo is None or slo.tpot_ms is None:
@@ -117,6 +120,8 @@ class SloAwarePolicy(SchedulingPolicy):
         return share / (1 - share)
 
     def _latest_start(self, waiting: WaitingRequest) -> float:
+        if not waiting.has_objective:
+            return _INFINITY
         predictor = self.context.predictor
         start_s = predictor.prefill_s(waiting.num_prompt_tokens) + self._delay_s
         latest = waiting.first_token_due - start_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sagellm_control_plane.plugins import load_class, names
+from sagellm_control_plane.plugins import Registry
 from sagellm_protocol.lazy import lazy_exports
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ else:  # it brings numpy, which those who only want the names do without
     )
 
 __all__ = [
-    "ENTRY_POINT_GROUP",
     "ROUTERS",
     "Choice",
     "RoutedRequest",
@@ -29,36 +28,25 @@ __all__ = [
     "list_routers",
 ]
 
-ENTRY_POINT_GROUP = "sagellm.routing_policies"
-
 ROUTERS = {
-    "adaptive": "sagellm_control_plane.routing.marginal_cost:MarginalCost",
-    "cache_aware": "sagellm_control_plane.routing.cache_aware:CacheAware",
-    "hash": "sagellm_control_plane.routing.hash:PrefixHash",
-    "kv_overlap": "sagellm_control_plane.routing.kv_overlap:KVOverlap",
-    "least_loaded": "sagellm_control_plane.routing.least_loaded:LeastLoaded",
-    "lmetric": "sagellm_control_plane.routing.lmetric:LMetric",
-    "marginal_cost": "sagellm_control_plane.routing.marginal_cost:MarginalCost",
-    "power_of_two": "sagellm_control_plane.routing.power_of_two:PowerOfTwo",
-    "prefix_aware": "sagellm_control_plane.routing.prefix_aware:PrefixAware",
-    "random": "sagellm_control_plane.routing.random:RandomChoice",
-    "round_robin": "sagellm_control_plane.routing.round_robin:RoundRobin",
-    "session": "sagellm_control_plane.routing.session:SessionAffinity",
-    "topology": "sagellm_control_plane.routing.topology:TopologyAware",
+    "adaptive": "marginal_cost:MarginalCost",
+    "cache_aware": "cache_aware:CacheAware",
+    "hash": "hash:PrefixHash",
+    "kv_overlap": "kv_overlap:KVOverlap",
+    "least_loaded": "least_loaded:LeastLoaded",
+    "lmetric": "lmetric:LMetric",
+    "marginal_cost": "marginal_cost:MarginalCost",
+    "power_of_two": "power_of_two:PowerOfTwo",
+    "prefix_aware": "prefix_aware:PrefixAware",
+    "random": "random:RandomChoice",
+    "round_robin": "round_robin:RoundRobin",
+    "session": "session:SessionAffinity",
+    "topology": "topology:TopologyAware",
 }
 
+_registry: Registry[RoutingPolicy] = Registry(
+    __name__, "base:RoutingPolicy", ROUTERS, group="sagellm.routing_policies", field="routing_policy"
+)
 
-def list_routers() -> list[str]:
-    """Every name that `get_router` takes, sorted."""
-    return names(ROUTERS, ENTRY_POINT_GROUP)
-
-
-def get_router(name: str) -> type[RoutingPolicy]:
-    """The policy `name`, to be made with a `RoutingContext`.
-
-    Raises `InvalidArgumentError` for an unknown name, `UnavailableError` for one whose package can't be loaded.
-    """
-    from sagellm_control_plane.routing.base import RoutingPolicy
-
-    # mypy takes an abstract base for a class that would be made
-    return load_class(name, RoutingPolicy, ROUTERS, ENTRY_POINT_GROUP, field="routing_policy")  # type: ignore[type-abstract]
+list_routers = _registry.names
+get_router = _registry.get

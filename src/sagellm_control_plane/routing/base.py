@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 Rows = NDArray[np.intp]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class RoutedRequest:
-    """What a choice may rest on. `block_hashes` name the full blocks of the prompt as the engines' caches do."""
+    """What a choice may rest on.
+
+    `block_hashes` name the full blocks of the prompt as the engines' caches do; they may be made only when asked for.
+    """
 
     request_id: str
     model: str
     num_prompt_tokens: int
     num_output_tokens: int  # expected
-    block_hashes: tuple[bytes, ...] = ()
+    block_hashes: Sequence[bytes] = ()
     text: str | None = None  # of the prompt, for engines that tell nothing of their cache
     session_id: str | None = None
     tenant: str | None = None
@@ -81,6 +84,13 @@ class RoutingPolicy(ABC):
         `now` is seconds of the control plane's clock.
         """
 
+    def would_wait(self, request: RoutedRequest, free: Rows, rows: Rows, fleet: Fleet) -> bool:
+        """Whether it is worth waiting for one of `rows` rather than taking one of `free`, those of them with a place.
+
+        Asked where more requests wait than places are free. Nobody waits long for it: see `WaitQueue.pop`.
+        """
+        return False
+
     def on_granted(self, request: RoutedRequest, row: int) -> None:  # noqa: B027 - most policies have no memory
         """The request goes to `row`."""
 
@@ -115,6 +125,8 @@ class CachePolicy(RoutingPolicy):
 
     def on_granted(self, request: RoutedRequest, row: int) -> None:
         """Remember the prompt where the engine will not tell."""
+        if not (request.block_hashes or request.text):
+            return
         if not self.context.prefixes.follows(row):
             self.context.texts.record(row, _keys(request))
 
@@ -131,9 +143,8 @@ def _keys(request: RoutedRequest) -> Sequence[bytes]:
 def lowest(rows: Rows, scores: NDArray[Any], fleet: Fleet) -> int:
     """Where in `rows` the lowest score stands; equals take turns."""
     best = int(scores.argmin())
-    are_best = scores == scores[best]
-    if np.count_nonzero(are_best) > 1:
-        ties = np.flatnonzero(are_best)
+    ties = (scores == scores.item(best)).nonzero()[0]
+    if len(ties) > 1:
         best = int(ties[fleet.last_grant[rows[ties]].argmin()])
     return best
 

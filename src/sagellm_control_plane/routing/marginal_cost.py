@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sagellm_control_plane.first_token import first_token_s
 from sagellm_control_plane.fleet import Fleet
 from sagellm_control_plane.routing.base import CachePolicy, Choice, RoutedRequest, Rows, lowest
 
@@ -33,26 +34,34 @@ class MarginalCost(CachePolicy):
 
     def choose(self, request: RoutedRequest, rows: Rows, fleet: Fleet, now: float) -> Choice:
         """See `RoutingPolicy.choose`."""
-        prompt, output = request.num_prompt_tokens, request.num_output_tokens
+        prompt, output = float(request.num_prompt_tokens), request.num_output_tokens
         # All rows of the fleet, as whole columns need no copies; those that are no candidates are left out at the end.
         cached = self.cached_by_row(request, fleet)
-        uncached = float(prompt) - cached
-        a, q, k, b = fleet.a, fleet.q, fleet.k, fleet.b
-        queued, num_decoding = fleet.queued_tokens, fleet.num_decoding
+        work, own = first_token_s(fleet, prompt, prompt - cached)
+        harm = fleet.k * (output * (prompt + output / 2))
+        harm += fleet.b * output
+        harm += work
+        harm *= fleet.num_decoding
+        num_queued = fleet.num_queued if len(rows) == len(fleet) else fleet.num_queued.take(rows)
+        num_behind = int(np.add.reduce(num_queued)) / len(rows)
+        harm *= num_behind * _STREAM_SHARE
+        work *= num_behind
+        harm += work
+        harm += own
+        cost = harm.take(rows)
 
-        work = uncached * (a + q * (prompt - 0.5 * uncached))
-        step_s = fleet.c0 + k * fleet.kv_tokens + b * num_decoding
-        num_steps = np.ceil((queued + uncached) / fleet.max_num_batched_tokens)
-        own = a * queued + q * fleet.queued_attention + work + num_steps * step_s
-        harm = num_decoding * (work + output * (k * (prompt + output / 2) + b))
-        num_behind = float(np.add.reduce(fleet.num_queued.take(rows))) / len(rows)
-        cost = (own + num_behind * (work + _STREAM_SHARE * harm)).take(rows)
-
-        best = lowest(rows, cost, fleet)
+        row = rows.item(lowest(rows, cost, fleet))
         return Choice(
-            int(rows[best]),
-            num_cached_tokens=int(cached[rows[best]]),
-            predicted_ttft_s=float(own[rows[best]]),
+            row,
+            num_cached_tokens=cached.item(row),
+            predicted_ttft_s=own.item(row),
             rule="lowest own time and harm",
             scores={"cost_s": cost, "ttft_s": own.take(rows), "cached_tokens": cached.take(rows)},
         )
+
+    def would_wait(self, request: RoutedRequest, free: Rows, rows: Rows, fleet: Fleet) -> bool:
+        """Where an engine without a place has more of the prompt cached."""
+        if len(free) == len(rows):
+            return False
+        cached = self.cached_by_row(request, fleet)
+        return bool(cached.take(free).max() < cached.take(rows).max())
