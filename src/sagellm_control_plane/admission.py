@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from sagellm_control_plane.clock import Clock
 from sagellm_control_plane.config import ControlPlaneConfig
 from sagellm_control_plane.deadlines import Deadlines
 from sagellm_control_plane.dispatch import Dispatcher
-from sagellm_control_plane.engines import ManagedEngine
 from sagellm_control_plane.explain import RequestTrace, TraceRing
-from sagellm_control_plane.journal import Journal
-from sagellm_control_plane.policies import SchedulingPolicy, WaitingRequest
+from sagellm_control_plane.policies import SchedulingPolicy
 from sagellm_control_plane.pool import EnginePool
 from sagellm_control_plane.prompts import (
     block_hashes,
@@ -28,7 +28,11 @@ from sagellm_control_plane.ticket import Ticket
 from sagellm_control_plane.types import RequestType
 from sagellm_protocol import NotFoundError, Request, ResourceExhaustedError, SageLLMError, UnavailableError
 
+if TYPE_CHECKING:
+    from sagellm_core.config import LLMEngineConfig
+
 _FAR_S = 120.0  # deadlines further away are not worth a prediction
+_NEVER = float("inf")
 
 
 class Admission:
@@ -64,21 +68,24 @@ class Admission:
         pass before its first token; with `retry_after_s` in the context, where that can be said.
         """
         serving = self._pool.serving(request.model, RequestType.of(request))
-        for engine in serving:
+        for engine in serving.asleep:
             self._pool.supervisor.wake(engine)
-        if self._wants_tokens and len(serving) > 1:
-            request = await with_tokens(request, serving)
-        ticket = self._new_ticket(request, serving)
+        is_routed = self._wants_tokens and len(serving.engines) > 1
+        if is_routed:
+            request = await with_tokens(request, serving.engines)
+        ticket = self._new_ticket(request, serving.engines[0].client.config, is_routed=is_routed)
         self._traces.add(ticket.trace)
-        self._pool.loads.arrived(serving[0].instance.model_name, ticket.waiting.arrival_time)
+        meter = self._pool.loads.of(serving.engines[0])
+        if meter is not None:
+            meter.arrived(ticket.arrival_time)
         try:
             self._check(ticket)
-            self._dispatcher.join(ticket, ticket.waiting.arrival_time)
+            self._dispatcher.join(ticket, ticket.arrival_time)
         except SageLLMError as error:
             self._turn_away(ticket, error)
             raise
-        if ticket.waiting.deadline < float("inf"):
-            self._deadlines.add(ticket.waiting.deadline, ticket)
+        if ticket.deadline < _NEVER:
+            self._deadlines.add(ticket.deadline, ticket)
         if ticket.stay is None and self._dispatcher.queue.is_overfull:
             full = self._dispatcher.queue.full_error(self._retry_after_s(ticket))
             self.close(ticket)
@@ -86,49 +93,51 @@ class Admission:
             raise full
         return ticket
 
-    def close(self, ticket: Ticket) -> None:
-        """The request is over, wherever it stands; its stay, if it has one, ends by its caller's will."""
-        self._dispatcher.leave(ticket)
-        self._dispatcher.forget(ticket)
+    def close(self, ticket: Ticket, failure: SageLLMError | None = None) -> None:
+        """The request is over, wherever it stands; its stay, if it has one, ends by its caller's will or `failure`."""
+        if ticket.stay is not None:
+            self._dispatcher.leave(ticket, failure)
+        elif self._dispatcher.num_waiting:
+            self._dispatcher.forget(ticket)
         ticket.is_closed = True
-        if ticket.waiting.deadline < float("inf"):
+        if ticket.deadline < _NEVER:
             self._deadlines.close()
         now = self._clock.now()
         if ticket.reservation is not None and self._quotas is not None:
-            served = ticket.waiting.num_prompt_tokens - ticket.num_unserved_tokens if ticket.num_grants else 0
-            self._quotas.settle(ticket.reservation, served + ticket.journal.num_tokens, now)
+            served = ticket.num_prompt_tokens - ticket.num_unserved_tokens if ticket.num_grants else 0
+            self._quotas.settle(ticket.reservation, served + ticket.num_delivered, now)
         if ticket.num_grants:
-            self._policy.on_ended(ticket.waiting, now, num_unserved_tokens=ticket.num_unserved_tokens)
+            self._policy.on_ended(ticket, now, num_unserved_tokens=ticket.num_unserved_tokens)
         ticket.trace.ended_at = now
 
     # ---- steps of the above ---------------------------------------------------------------------------
 
-    def _new_ticket(self, request: Request, serving: list[ManagedEngine]) -> Ticket:
-        now, config = self._clock.now(), serving[0].client.config
-        num_prompt_tokens, tenant = estimate_prompt_tokens(request), request.tenant or ""
+    def _new_ticket(self, request: Request, config: LLMEngineConfig, *, is_routed: bool) -> Ticket:
+        now, request_id, model, tenant = self._clock.now(), request.request_id, request.model, request.tenant
+        num_prompt_tokens, count = estimate_prompt_tokens(request), num_outputs(request)
         limit = output_limit(request) or config.max_new_tokens
-        num_output_tokens = self._pool.predictor.output_tokens(tenant, request.model, limit) * num_outputs(request)
-        hashes: tuple[bytes, ...] = ()
+        num_output_tokens = self._pool.predictor.output_tokens(tenant or "", model, limit) * count
+        hashes: Sequence[bytes] = ()
         text: str | None = None
-        if self._wants_tokens and len(serving) > 1:
+        if is_routed:
             hashes = block_hashes(request, config.block_size)
             text = None if hashes else text_of(request)
         routed = RoutedRequest(
-            request.request_id,
-            request.model,
+            request_id,
+            model,
             num_prompt_tokens,
             num_output_tokens,
             hashes,
             text,
             request.session_id,
-            request.tenant,
+            tenant,
             request.slo,
             config.block_size,
         )
         trace = RequestTrace(
-            request.request_id,
-            request.model,
-            request.tenant,
+            request_id,
+            model,
+            tenant,
             int(request.priority),
             self._policy.name,
             self._router.name,
@@ -136,8 +145,17 @@ class Admission:
             num_prompt_tokens,
             self._dispatcher.num_waiting,
         )
-        waiting = WaitingRequest(request, now, num_prompt_tokens, num_output_tokens, next(self._numbers), tenant)
-        return Ticket(waiting, routed, trace, Journal(request))
+        return Ticket(
+            request,
+            now,
+            num_prompt_tokens,
+            num_output_tokens,
+            next(self._numbers),
+            tenant or "",
+            routed=routed,
+            trace=trace,
+            num_outputs=count,
+        )
 
     def _turn_away(self, ticket: Ticket, error: SageLLMError) -> None:
         trace = ticket.trace
@@ -150,22 +168,21 @@ class Admission:
         error = self._pool.hopeless(ticket.destination)
         if error is not None:
             raise error
-        waiting = ticket.waiting
-        if self._config.refuse_hopeless and waiting.deadline < waiting.arrival_time + _FAR_S:
+        if ticket.deadline < ticket.arrival_time + _FAR_S and self._config.refuse_hopeless:
             self._refuse_hopeless(ticket)
         if self._quotas is not None:
-            num_tokens = waiting.num_prompt_tokens + waiting.num_output_tokens
-            ticket.reservation = self._quotas.reserve(waiting.tenant, num_tokens, waiting.arrival_time)
+            num_tokens = ticket.num_prompt_tokens + ticket.num_output_tokens
+            ticket.reservation = self._quotas.reserve(ticket.tenant, num_tokens, ticket.arrival_time)
 
     def _refuse_hopeless(self, ticket: Ticket) -> None:
         """Work that would come too late is not begun: whoever sent it can still try elsewhere."""
-        waiting, predictor = ticket.waiting, self._pool.predictor
+        predictor = self._pool.predictor
         rows = self._pool.open_rows(ticket.destination)
-        if not len(rows) or not predictor.has_seen(waiting.request.model):
+        if not len(rows) or not predictor.has_seen(ticket.request.model):
             return  # guesses refuse nobody
         wait_s = 0.0 if len(self._pool.free_rows(ticket.destination)) else self._wait_s(ticket)
-        ttft_s = wait_s + float(predictor.ttft_s(rows, waiting.num_prompt_tokens).min())
-        left_s = waiting.deadline - waiting.arrival_time
+        ttft_s = wait_s + float(predictor.ttft_s(rows, ticket.num_prompt_tokens).min())
+        left_s = ticket.deadline - ticket.arrival_time
         if ttft_s > left_s:
             raise ResourceExhaustedError(
                 f"its first token is expected in {ttft_s:.1f} s, later than its deadline of {left_s:g} s; "
@@ -178,11 +195,11 @@ class Admission:
         return self._wait_s(ticket) if self._pool.predictor.has_seen(ticket.request.model) else None
 
     def _wait_s(self, ticket: Ticket) -> float:
-        rows, waiting = self._pool.open_rows(ticket.destination), ticket.waiting
+        rows = self._pool.open_rows(ticket.destination)
         num_ahead = self._dispatcher.queue.num_by_destination.get(ticket.destination, 0)
         num_places = max(1, int(self._pool.fleet.capacity[rows].sum()))
         return self._pool.predictor.queue_wait_s(
-            waiting.request.model, num_ahead, num_places, waiting.num_prompt_tokens, waiting.num_output_tokens
+            ticket.request.model, num_ahead, num_places, ticket.num_prompt_tokens, ticket.num_output_tokens
         )
 
     def _expire(self, ticket: Ticket) -> None:

@@ -43,11 +43,11 @@ class LoopClock:
     """
 
     def __init__(self) -> None:
-        self._read: Callable[[], float] | None = None
+        self._read: Callable[[], float] = self._first
 
     def now(self) -> float:
         """Seconds of the loop's clock."""
-        return self._first() if self._read is None else self._read()
+        return self._read()
 
     async def sleep(self, delay_s: float, /) -> None:
         """As `asyncio.sleep`."""

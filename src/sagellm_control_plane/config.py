@@ -49,13 +49,13 @@ class FailoverConfig(EdgeModel):
     """What becomes of the requests of an engine that dies, hangs or loses its connection.
 
     They go on elsewhere behind the last token that was delivered. A request is taken for poison when it loses
-    `max_losses` engines in a row without having made a token on them, and no other request stood as it did; with
-    others, one more. Engines that are drained don't count.
+    `max_losses` engines in a row without having made a token on any but the first, and nothing else may be the reason;
+    otherwise one more. Engines that are drained don't count.
     """
 
     enabled: bool = Field(default=True, description="off: such requests end with an error")
     max_moves: int = Field(default=32, ge=0, description="of one request, for whatever reason")
-    max_losses: int = Field(default=2, ge=1, description="of engines in a row, without a token made there: poison")
+    max_losses: int = Field(default=2, ge=1, description="of engines in a row, without getting any further: poison")
 
 
 class ControlPlaneConfig(EdgeModel):

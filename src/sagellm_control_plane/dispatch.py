@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from functools import lru_cache
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from sagellm_control_plane.engines import ManagedEngine
 from sagellm_control_plane.explain import Candidates, StayTrace
 from sagellm_control_plane.failover import is_engine_ok
 from sagellm_control_plane.hand_over import HandOver
-from sagellm_control_plane.pd import PhaseRouter, new_booking, prompt_token_ids
+from sagellm_control_plane.pd import PhaseRouter, prompt_token_ids
 from sagellm_control_plane.policies import Destination, SchedulingPolicy, WaitingRequest
 from sagellm_control_plane.pool import EnginePool
 from sagellm_control_plane.pull import Pull
@@ -48,7 +49,7 @@ class Dispatcher:
         self._phases = phases
         self._clock = clock
         self.queue = WaitQueue(policy, max_num_waiting)
-        self._tickets: dict[WaitingRequest, Ticket] = {}  # those in the queue
+        self._tickets: set[Ticket] = set()  # those in the queue
         self._moved: deque[Ticket] = deque()  # those that lost their engine and have no other yet
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_dispatching = False
@@ -69,13 +70,13 @@ class Dispatcher:
 
     def join(self, ticket: Ticket, now: float) -> None:
         """A request comes; it may have a stay at once. `ResourceExhaustedError` where the queue has no room for it."""
-        if not self._tickets and not self._moved and len(rows := self._pool.free_rows(ticket.destination)):
-            self._policy.on_arrival(ticket.waiting, now)  # nobody else waits: there is no order to find
-            self._policy.on_left(ticket.waiting, now)
+        if not self._tickets and not self._moved and (rows := self._pool.free_rows(ticket.destination)).size:
+            self._policy.on_arrival(ticket, now)  # nobody else waits: there is no order to find
+            self._policy.on_left(ticket, now)
             self._grant(ticket, rows, now)
             return
-        self.queue.push(ticket.waiting, now)
-        self._tickets[ticket.waiting] = ticket
+        self.queue.push(ticket, now)
+        self._tickets.add(ticket)
         self.dispatch()
 
     async def granted(self, ticket: Ticket) -> Stay:
@@ -108,14 +109,12 @@ class Dispatcher:
         """Its engine has made so many tokens more."""
         assert ticket.stay is not None, "only who has an engine gets tokens"
         self._pool.fleet.advance(ticket.stay.booking, num_tokens)
-        self._policy.on_tokens(ticket.waiting, num_tokens, self._clock.now())
+        self._policy.on_tokens(ticket, num_tokens, self._clock.now())
 
     def leave(self, ticket: Ticket, error: SageLLMError | None = None, *, is_answered: bool = False) -> None:
         """Its stay is over: answered, by its caller's will, or with `error`. The ledger is exact on every way out."""
-        stay = ticket.stay
-        if stay is None:
-            return
-        ticket.stay = None
+        stay, ticket.stay = ticket.stay, None
+        assert stay is not None, "only who has an engine can leave it"
         stay.trace.ended_at = self._clock.now()
         stay.trace.left_because = None if error is None else error.message
         if stay.hand_over is not None:  # given up in its midst
@@ -124,7 +123,8 @@ class Dispatcher:
         self._pool.leave(stay, is_ok=is_engine_ok(error) if error is not None else is_answered or None)
         if row is not None:
             self._router.on_ended(ticket.routed, row)
-        self.dispatch()
+        if self._tickets or self._moved:
+            self.dispatch()
 
     def readmit(self, ticket: Ticket, *, avoid: ManagedEngine | None) -> None:
         """Let a request that has lost its engine go on, before all that wait; not on the engine that turned it away."""
@@ -135,8 +135,9 @@ class Dispatcher:
 
     def forget(self, ticket: Ticket) -> None:
         """It waits no more."""
-        if self._tickets.pop(ticket.waiting, None) is not None:
-            self.queue.remove(ticket.waiting, self._clock.now())
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+            self.queue.remove(ticket, self._clock.now())
         elif ticket in self._moved:
             self._moved.remove(ticket)
 
@@ -148,7 +149,7 @@ class Dispatcher:
 
     def refuse_all(self, error: SageLLMError) -> None:
         """Let every waiting request fail with `error`."""
-        for ticket in [*self._moved, *self._tickets.values()]:
+        for ticket in [*self._moved, *self._tickets]:
             self.refuse(ticket, error)
 
     def engines_changed(self) -> None:
@@ -158,9 +159,9 @@ class Dispatcher:
         for destination in self.queue.num_by_destination:
             error = self._pool.hopeless(destination)
             if error is not None:
-                for waiting in self.queue:
-                    if waiting.destination == destination:
-                        self.refuse(self._tickets[waiting], error)
+                for ticket in list(self._tickets):
+                    if ticket.destination == destination:
+                        self.refuse(ticket, error)
         self.dispatch()
 
     def dispatch(self) -> None:
@@ -172,9 +173,10 @@ class Dispatcher:
             now = self._clock.now()
             for ticket in list(self._moved):
                 self._try_moved(ticket, now)
-            while (waiting := self.queue.pop(now, self._is_open)) is not None:
-                ticket = self._tickets.pop(waiting)
-                self._grant(ticket, self._pool.free_rows(waiting.destination), now)
+            while (waiting := self.queue.pop(now, self._is_open, self._would_wait)) is not None:
+                assert isinstance(waiting, Ticket), "what is popped was pushed"
+                self._tickets.remove(waiting)
+                self._grant(waiting, self._pool.free_rows(waiting.destination), now)
         finally:
             self._is_dispatching = False
 
@@ -182,6 +184,13 @@ class Dispatcher:
 
     def _is_open(self, destination: Destination) -> bool:
         return len(self._pool.free_rows(destination)) > 0
+
+    def _would_wait(self, waiting: WaitingRequest) -> bool:
+        assert isinstance(waiting, Ticket), "what waits was pushed"
+        if self._phases is not None:  # has its own idea of who computes what
+            return False
+        free, rows = self._pool.free_rows(waiting.destination), self._pool.open_rows(waiting.destination)
+        return self._router.would_wait(waiting.routed_now(), free, rows, self._pool.fleet)
 
     def _refuse_or_keep(self, ticket: Ticket) -> None:
         error = self._pool.hopeless(ticket.destination, avoided=ticket.avoided)
@@ -202,53 +211,52 @@ class Dispatcher:
     def _grant(self, ticket: Ticket, rows: Rows, now: float) -> None:
         if ticket.granted is not None and ticket.granted.cancelled():  # and its task has not run yet
             return
-        rows = self._policy.narrow(ticket.waiting, rows, self._pool.fleet, now)
+        rows = self._policy.narrow(ticket, rows, self._pool.fleet, now)
         if self._phases is not None:
             rows = self._phases.narrow(ticket, rows)
         choice = self._choose(ticket, rows, now)
-        source = self._source(ticket, choice)
+        source = None
+        if self._phases is not None and not ticket.num_grants:
+            source = self._phases.source(ticket, choice.row, choice.num_cached_tokens)
         self._router.on_granted(ticket.routed, choice.row)
         if not ticket.num_grants:
             ticket.num_unserved_tokens = max(0, ticket.routed.num_prompt_tokens - choice.num_cached_tokens)
-            self._policy.on_granted(ticket.waiting, choice.num_cached_tokens, now)
+            self._policy.on_granted(ticket, choice.num_cached_tokens, now)
         ticket.num_grants += 1
         ticket.stay = self._new_stay(ticket, choice, rows, now)
         if source is not None:
             self._begin_hand_over(ticket, ticket.stay, source, now)
         self._pool.enter(ticket.stay)
-        _wake(ticket)
+        if ticket.granted is not None:
+            _wake(ticket)
 
     def _choose(self, ticket: Ticket, rows: Rows, now: float) -> Choice:
-        if len(rows) == 1 and not ticket.routed.block_hashes:
-            return Choice(int(rows[0]), rule=_ALONE)
+        if rows.size == 1 and not ticket.routed.block_hashes:
+            return _only(rows.item())
         return self._router.choose(ticket.routed_now(), rows, self._pool.fleet, now)
 
     def _new_stay(self, ticket: Ticket, choice: Choice, rows: Rows, now: float) -> Stay:
-        engine = self._pool.at(choice.row)
-        trace = StayTrace(engine.engine_id, now, choice, Candidates(choice, rows, self._pool.names))
+        engine, names, scores = self._pool.at(choice.row), self._pool.names, choice.scores
+        candidates = None if scores is None else Candidates(choice, scores, rows, names)
+        trace = StayTrace(names[choice.row], now, choice, rows.size, candidates)
         ticket.trace.stays.append(trace)
-        num_expected_tokens = ticket.waiting.num_prompt_tokens + ticket.waiting.num_output_tokens
-        booking, pull = new_booking(ticket, choice.num_cached_tokens), Pull(self._running_loop())
+        num_expected_tokens = ticket.num_prompt_tokens + ticket.num_output_tokens
+        booking, pull = ticket.new_booking(choice.num_cached_tokens), Pull(self._running_loop())
         return Stay(engine, booking, engine.generation, num_expected_tokens, trace, pull, is_trial=ticket.is_suspect)
 
-    def _source(self, ticket: Ticket, choice: Choice) -> tuple[int, int] | None:
-        """Who computes the prompt for the engine that was chosen; None: that one itself."""
-        if self._phases is None or ticket.num_grants:
-            return None
-        return self._phases.source(ticket, choice.row, choice.num_cached_tokens)
-
     def _begin_hand_over(self, ticket: Ticket, stay: Stay, source: tuple[int, int], now: float) -> None:
+        """Let another engine compute the prompt for the one that was chosen."""
         row, num_cached_tokens = source
         engine, choice = self._pool.at(row), Choice(row, num_cached_tokens, rule="prefill")
-        trace = StayTrace(engine.engine_id, now, choice, Candidates(choice, np.array([row]), self._pool.names))
-        booking, pull = new_booking(ticket, num_cached_tokens), Pull(self._running_loop())
+        trace = StayTrace(engine.engine_id, now, choice, num_candidates=1)
+        booking, pull = ticket.new_booking(num_cached_tokens), Pull(self._running_loop())
         prefill = Stay(engine, booking, engine.generation, ticket.routed.num_prompt_tokens, trace, pull)
         self._pool.enter(prefill)
         token_ids = prompt_token_ids(ticket.request)
         assert token_ids is not None, "only prompts with known tokens are handed over"
         num_tokens = len(token_ids) // ticket.routed.block_size * ticket.routed.block_size
         stay.hand_over = HandOver(prefill, token_ids, num_tokens)
-        stay.booking = new_booking(ticket, num_tokens)
+        stay.booking = ticket.new_booking(num_tokens)
         stay.trace.prefilled_by = engine.engine_id
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
@@ -256,6 +264,11 @@ class Dispatcher:
         if self._loop is None or self._loop.is_closed():
             self._loop = asyncio.get_running_loop()
         return self._loop
+
+
+@lru_cache
+def _only(row: int) -> Choice:
+    return Choice(row, rule=_ALONE)
 
 
 def _wake(ticket: Ticket) -> None:

@@ -17,17 +17,18 @@ _MAX_CANDIDATES = 8
 
 
 class Candidates:
-    """The engines that a choice was made of. Their scores are written out only when somebody asks."""
+    """The scores that a choice was made by. They are written out only when somebody asks."""
 
-    __slots__ = ("_names", "_rows", "_scores", "count")
+    __slots__ = ("_names", "_rows", "_scores")
 
-    def __init__(self, choice: Choice, rows: Rows, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, choice: Choice, scores: Mapping[str, NDArray[Any]], rows: Rows, names: Mapping[int, str]
+    ) -> None:
         """`names` are the engines of all rows; a mapping that nobody changes any more."""
-        self.count = len(rows)
         self._names = names
-        self._scores: Mapping[str, NDArray[Any]] = choice.scores or {}
+        self._scores = scores
         self._rows = rows
-        if self.count > _MAX_CANDIDATES and self._scores:
+        if len(rows) > _MAX_CANDIDATES:
             self._keep_the_best(choice)
 
     def scores(self) -> dict[str, dict[str, float]]:
@@ -35,7 +36,6 @@ class Candidates:
         return {
             self._names[int(row)]: {name: float(values[place]) for name, values in self._scores.items()}
             for place, row in enumerate(self._rows)
-            if self._scores
         }
 
     def _keep_the_best(self, choice: Choice) -> None:
@@ -56,7 +56,8 @@ class StayTrace:
     engine_id: str
     granted_at: float
     choice: Choice
-    candidates: Candidates
+    num_candidates: int
+    candidates: Candidates | None = None  # None: it was made without scores
     first_token_at: float | None = None
     ended_at: float | None = None
     num_output_tokens: int = 0
@@ -73,13 +74,13 @@ class StayTrace:
             "engine_id": self.engine_id,
             "granted_at": self.granted_at,
             "rule": self.choice.rule,
-            "num_candidates": self.candidates.count,
+            "num_candidates": self.num_candidates,
             "num_cached_tokens": int(self.choice.num_cached_tokens),
             "predicted_ttft_s": None if predicted_s is None else float(predicted_s),
             "ttft_s": ttft_s,
             "decode_s": decode_s,
             "num_output_tokens": self.num_output_tokens,
-            "scores": self.candidates.scores(),
+            "scores": {} if self.candidates is None else self.candidates.scores(),
             "prefilled_by": self.prefilled_by,
             "hand_over_s": self.hand_over_s,
             "left_because": self.left_because,

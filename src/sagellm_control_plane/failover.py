@@ -1,10 +1,11 @@
 """Whether a request that lost its engine goes on elsewhere.
 
 Of the requests that an engine takes with it one may be the reason. All of them are suspects until they have made a
-token elsewhere, and an engine takes one suspect at a time (`Dispatcher` sees to it). A loss counts against a request
-that had made no token on that engine; a token clears it. At the second such loss in a row it is refused as poison if no
-other request stood as it did, at the third in any case. So a request that kills whatever computes its prompt takes two
-engines with it, one that kills at a later token three, and those in its company go on.
+token elsewhere, and an engine takes one suspect at a time (`Dispatcher` sees to it). One that loses a second engine
+without having got any further there is refused as poison, unless there is another reason to think of; the third engine
+in a row condemns it in any case. Other reasons are: another request stood as it did; the engine had not begun it, as
+where two engines fail at once; engines were lost lately that never saw it. So where engines don't die by themselves, a
+request that kills at whatever token takes two of them with it, and where they do, nobody is condemned for bad luck.
 """
 
 from __future__ import annotations
@@ -23,16 +24,28 @@ _ENGINE_FAULTS = (
 )
 
 
-def refusal(ticket: Ticket, error: UnavailableError, config: FailoverConfig) -> SageLLMError | None:
-    """Why the request ends here; None where it may move. Counts the loss; call it once for each."""
+UNREST_S = 60.0
+"""How long a lost engine is a reason to think that the next one was lost for the same."""
+
+
+def refusal(
+    ticket: Ticket, error: UnavailableError, config: FailoverConfig, num_lost_lately: int
+) -> SageLLMError | None:
+    """Why the request ends here; None where it may move. Counts the loss; call it once for each.
+
+    `num_lost_lately` are the engines lost within `UNREST_S`, with this one.
+    """
     stay = ticket.stay
     assert stay is not None, "only a stay can end with its engine"
     is_poison = False
     if isinstance(error, EngineLostError):
         ticket.is_suspect = True
-        ticket.num_losses = 0 if stay.trace.num_output_tokens else ticket.num_losses + 1
+        got_further = stay.trace.num_output_tokens > 0
+        ticket.num_losses = 1 if got_further else ticket.num_losses + 1
         num_excess = ticket.num_losses - config.max_losses
-        is_poison = num_excess > 0 or (num_excess == 0 and not stay.had_company)
+        has_begun = stay.has_begun or ticket.journal is None  # of answers made whole nothing is told
+        is_bad_luck = stay.had_company or not has_begun or num_lost_lately > ticket.num_losses
+        is_poison = not got_further and (num_excess > 0 or (num_excess == 0 and not is_bad_luck))
     if ticket.is_late:
         return ticket.deadline_error()
     if not config.enabled:

@@ -7,8 +7,8 @@ exactly 0: columns that are computed with are float64, but hold whole numbers an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,30 +44,35 @@ _STATIC = {
 _FIRST_VALUE = {"max_num_batched_tokens": 1}  # of rows not in use, which whole columns are computed with too
 
 
-@dataclass(slots=True, eq=False)
 class Booking:
     """One stay of a request on one engine; a request that moves gets a new one.
 
-    `num_sequences` answers are decoded side by side. The rest is the ledger's own.
+    `num_sequences` answers are decoded side by side. `attention` are the pairs of tokens that the prefill compares:
+    Σ p(ctx + p/2) over its chunks, whatever their sizes. The rest is the ledger's own.
     """
 
-    num_prompt_tokens: int
-    num_cached_tokens: int = 0
-    num_sequences: int = 1
-    row: int = field(default=-1, init=False)  # where it is booked in; -1 before and after
-    generation: int = field(default=0, init=False)  # of the row: a row is used again after its engine has left
-    is_decoding: bool = field(default=False, init=False)
-    num_tokens: int = field(default=0, init=False)  # decoded, of all sequences
+    __slots__ = (
+        "attention",
+        "generation",
+        "is_decoding",
+        "num_cached_tokens",
+        "num_prompt_tokens",
+        "num_sequences",
+        "num_tokens",
+        "num_uncached_tokens",
+        "row",
+    )
 
-    @property
-    def num_uncached_tokens(self) -> int:
-        """Prompt tokens that the engine has to compute."""
-        return self.num_prompt_tokens - self.num_cached_tokens
-
-    @property
-    def attention(self) -> float:
-        """Pairs of tokens that the prefill compares: Σ p(ctx + p/2) over its chunks, whatever their sizes."""
-        return prefill_attention(self.num_prompt_tokens, self.num_uncached_tokens)
+    def __init__(self, num_prompt_tokens: int, num_cached_tokens: int = 0, num_sequences: int = 1) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_cached_tokens = num_cached_tokens
+        self.num_uncached_tokens = num_prompt_tokens - num_cached_tokens  # that the engine has to compute
+        self.num_sequences = num_sequences
+        self.attention = prefill_attention(num_prompt_tokens, self.num_uncached_tokens)
+        self.row = -1  # where it is booked in; -1 before and after
+        self.generation = 0  # of the row: a row is used again after its engine has left
+        self.is_decoding = False
+        self.num_tokens = 0  # decoded, of all sequences
 
 
 def prefill_attention(num_prompt_tokens: int, num_uncached_tokens: int) -> float:
@@ -82,7 +87,8 @@ class Fleet:
     prompts to compute and `queued_attention`, the pairs that these compare; `num_decoding` sequences; `kv_tokens`, Σ
     context of those; `held_tokens`, context of all in flight. Static: `capacity` (places), `max_num_batched_tokens`,
     `price` (of an hour, in any one currency), `c0, a, q, k, b` (seconds, see `StepCoefficients`), `key` (a hash of the
-    id), `group` (an index into `group_names`). `last_grant` numbers the grants, -1 before the first.
+    id), `group` (an index into `group_names`). `last_grant` numbers the grants, -1 before the first. `full` are the
+    rows without a place.
 
     Columns are replaced when the fleet grows: read them from the fleet at every decision.
     """
@@ -109,13 +115,16 @@ class Fleet:
     def __init__(self) -> None:
         self.size = _FIRST_ROWS  # rows of the columns, used or not
         self.group_names: list[str] = []  # places in the topology; only ever grows
+        self.full: set[int] = set()
         self._ids: dict[int, str] = {}
         self._rows: dict[str, int] = {}
+        self._rows_in_use = np.empty(0, np.intp)
         self._free = list(range(self.size - 1, -1, -1))
         self._generations = [0] * self.size
         self._num_grants = 0
         for name, kind in (_LEDGER | _STATIC).items():
             setattr(self, name, np.full(self.size, _FIRST_VALUE.get(name, 0), kind))
+        self._look_into_columns()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -141,8 +150,11 @@ class Fleet:
             self._grow()
         row = self._free.pop()
         self._ids[row], self._rows[engine_id] = engine_id, row
+        self._rows_in_use = np.sort(np.fromiter(self._ids, np.intp, len(self._ids)))
         self.capacity[row], self.max_num_batched_tokens[row] = capacity, max_num_batched_tokens
         self.price[row], self.last_grant[row] = price, -1
+        if capacity <= 0:
+            self.full.add(row)
         if group not in self.group_names:
             self.group_names.append(group)
         self.group[row] = self.group_names.index(group)
@@ -153,9 +165,11 @@ class Fleet:
     def remove(self, row: int) -> None:
         """Forget an engine with all that is booked on it; bookings that end later change nothing."""
         del self._rows[self._ids.pop(row)]
+        self._rows_in_use = self._rows_in_use[self._rows_in_use != row]
         self._generations[row] += 1
         for name in _LEDGER:
             getattr(self, name)[row] = 0
+        self.full.discard(row)
         self._free.append(row)
 
     def set_coefficients(self, row: int, coefficients: StepCoefficients) -> None:
@@ -172,8 +186,8 @@ class Fleet:
         return self._ids[row]
 
     def rows(self) -> NDArray[np.intp]:
-        """The rows in use, ascending."""
-        return np.sort(np.fromiter(self._ids, np.intp, len(self._ids)))
+        """The rows in use, ascending; an array that is replaced, never changed."""
+        return self._rows_in_use
 
     # ---- the ledger -----------------------------------------------------------------------------------
 
@@ -181,13 +195,16 @@ class Fleet:
         """Book a request in, before its prefill."""
         assert booking.row < 0, "a booking is one stay: make a new one for the next engine"
         booking.row, booking.generation = row, self._generations[row]
-        self.last_grant[row] = self._num_grants
+        requests, queued, tokens, attention, _, _, held, capacity, last_grant = self._cells
+        last_grant[row] = self._num_grants
         self._num_grants += 1
-        self.num_requests[row] += 1
-        self.num_queued[row] += 1
-        self.queued_tokens[row] += booking.num_uncached_tokens
-        self.queued_attention[row] += booking.attention
-        self.held_tokens[row] += booking.num_prompt_tokens
+        requests[row] += 1
+        queued[row] += 1
+        tokens[row] += booking.num_uncached_tokens
+        attention[row] += booking.attention
+        held[row] += booking.num_prompt_tokens
+        if requests[row] >= capacity[row]:
+            self.full.add(row)
 
     def first_token(self, booking: Booking) -> None:
         """The prefill is over, the sequences decode; a second call changes nothing."""
@@ -195,11 +212,12 @@ class Fleet:
         if booking.is_decoding or not self._is_booked(booking):
             return
         booking.is_decoding = True
-        self.num_queued[row] -= 1
-        self.queued_tokens[row] -= booking.num_uncached_tokens
-        self.queued_attention[row] -= booking.attention
-        self.num_decoding[row] += booking.num_sequences
-        self.kv_tokens[row] += booking.num_prompt_tokens * booking.num_sequences
+        _, queued, tokens, attention, decoding, kv_tokens, _, _, _ = self._cells
+        queued[row] -= 1
+        tokens[row] -= booking.num_uncached_tokens
+        attention[row] -= booking.attention
+        decoding[row] += booking.num_sequences
+        kv_tokens[row] += booking.num_prompt_tokens * booking.num_sequences
 
     def advance(self, booking: Booking, num_tokens: int) -> None:
         """`num_tokens` were decoded, of all sequences together; the first of them end the prefill."""
@@ -207,22 +225,26 @@ class Fleet:
             return
         self.first_token(booking)
         booking.num_tokens += num_tokens
-        self.kv_tokens[booking.row] += num_tokens
-        self.held_tokens[booking.row] += num_tokens
+        _, _, _, _, _, kv_tokens, held, _, _ = self._cells
+        kv_tokens[booking.row] += num_tokens
+        held[booking.row] += num_tokens
 
     def end(self, booking: Booking) -> None:
         """Book a request out, wherever it stood; a second call changes nothing."""
         row = booking.row
         if self._is_booked(booking):
-            self.num_requests[row] -= 1
-            self.held_tokens[row] -= booking.num_prompt_tokens + booking.num_tokens
+            requests, queued, tokens, attention, decoding, kv_tokens, held, capacity, _ = self._cells
+            requests[row] -= 1
+            held[row] -= booking.num_prompt_tokens + booking.num_tokens
             if booking.is_decoding:
-                self.num_decoding[row] -= booking.num_sequences
-                self.kv_tokens[row] -= booking.num_prompt_tokens * booking.num_sequences + booking.num_tokens
+                decoding[row] -= booking.num_sequences
+                kv_tokens[row] -= booking.num_prompt_tokens * booking.num_sequences + booking.num_tokens
             else:
-                self.num_queued[row] -= 1
-                self.queued_tokens[row] -= booking.num_uncached_tokens
-                self.queued_attention[row] -= booking.attention
+                queued[row] -= 1
+                tokens[row] -= booking.num_uncached_tokens
+                attention[row] -= booking.attention
+            if requests[row] < capacity[row]:
+                self.full.discard(row)
         booking.row = -1
 
     def _is_booked(self, booking: Booking) -> bool:
@@ -234,5 +256,12 @@ class Fleet:
             column = getattr(self, name)
             new = np.full(old, _FIRST_VALUE.get(name, 0), column.dtype)
             setattr(self, name, np.concatenate([column, new]))
+        self._look_into_columns()
         self._generations += [0] * old
         self._free = list(range(self.size - 1, old - 1, -1))
+
+    def _look_into_columns(self) -> None:
+        """The same memory a cell at a time, as Python's numbers: numpy's own take five times as long."""
+        self._cells: list[memoryview[Any]] = [
+            memoryview(getattr(self, name)) for name in (*_LEDGER, "capacity", "last_grant")
+        ]

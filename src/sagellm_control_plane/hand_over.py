@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from sagellm_control_plane.clients.base import EngineLostError, PrefixTransfer
@@ -12,7 +11,7 @@ from sagellm_control_plane.clock import Clock
 from sagellm_control_plane.config import FailoverConfig
 from sagellm_control_plane.events import EventHub, EventKind
 from sagellm_control_plane.failover import is_engine_ok, poison_error
-from sagellm_control_plane.pd import PhaseRouter, new_booking
+from sagellm_control_plane.pd import PhaseRouter
 from sagellm_control_plane.pool import EnginePool
 from sagellm_control_plane.ticket import Stay, Ticket
 from sagellm_protocol import DeadlineExceededError, Request, SageLLMError, SamplingParams
@@ -66,24 +65,25 @@ class PrefixCourier:
             if self._phases is not None:
                 self._phases.measured(num_tokens, stay.trace.hand_over_s)
         if num_tokens != hand_over.num_tokens:
-            self._pool.rebook(stay, new_booking(ticket, num_tokens))
+            self._pool.rebook(stay, ticket.new_booking(num_tokens))
 
     async def _computed(self, request: Request, hand_over: HandOver) -> Any:
         """The blocks of the prompt, from the engine that computed it; None where it keeps none."""
         source, client = hand_over.source, hand_over.source.engine.client
         assert isinstance(client, PrefixTransfer), "only engines that can hand over are chosen"
-        response = await source.pull.wait(partial(client.execute, prefill_request(request)))
+        with source.pull:
+            response = await client.execute(prefill_request(request))
         response.raise_for_error()
-        return await source.pull.wait(
-            partial(client.export_prefix, hand_over.token_ids, cache_salt=request.cache_salt, lora_id=request.lora)
-        )
+        with source.pull:
+            return await client.export_prefix(hand_over.token_ids, cache_salt=request.cache_salt, lora_id=request.lora)
 
     async def _taken(self, stay: Stay, blocks: Any) -> int:
         """Tokens that the engine has now."""
         client = stay.engine.client
         assert isinstance(client, PrefixTransfer), "only engines that can take over are chosen"
         try:
-            return await stay.pull.wait(partial(client.import_prefix, blocks))
+            with stay.pull:
+                return await client.import_prefix(blocks)
         except (EngineLostError, DeadlineExceededError):
             raise
         except SageLLMError as error:

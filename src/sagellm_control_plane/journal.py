@@ -34,19 +34,30 @@ class _Choice:
 class Journal:
     """The events of one request that its caller has received, over all the engines it ran on.
 
-    However often a request moves, the events that pass `start`, `add` and `end` are one stream: one start, every token
-    once, one end that holds them all.
+    However often a request moves, the events that pass `start`, `fresh` and `end` are one stream: one start, every
+    token once, one end that holds them all. Whoever delivers the next tokens appends their event to `fresh`; `read`
+    enters them, some at a time and the last before anything else is asked of the journal.
     """
 
-    __slots__ = ("_choices", "_num_prompt_tokens", "_request", "_seed", "has_started", "num_resumed", "num_tokens")
+    __slots__ = (
+        "_choices",
+        "_num_prompt_tokens",
+        "_request",
+        "_seed",
+        "fresh",
+        "has_started",
+        "num_resumed",
+        "num_tokens",
+    )
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._choices: dict[int, _Choice] = {}
+        self.fresh: list[StreamEventDelta] = []  # delivered, and not read yet
         self._seed: int | None = None
         self._num_prompt_tokens = 0
         self.has_started = False
-        self.num_tokens = 0  # delivered, of all outputs
+        self.num_tokens = 0  # delivered and read, of all outputs
         self.num_resumed = 0  # of these, how many an earlier engine made than the one that runs it now
 
     # ---- what an engine says --------------------------------------------------------------------------
@@ -59,16 +70,22 @@ class Journal:
         self._num_prompt_tokens = event.prompt_tokens
         return is_first
 
-    def add(self, event: StreamEventDelta) -> None:
-        """The next tokens of one output; the caller gets them now."""
-        choice = self._choices.get(event.index)
-        if choice is None:
-            choice = self._choices[event.index] = _Choice()
-        choice.token_ids += event.chunk_tokens
-        choice.chunks.append(event.chunk)
-        if event.logprobs is not None:
-            choice.logprobs += event.logprobs
-        self.num_tokens += len(event.chunk_tokens)
+    def read(self) -> int:
+        """Enter what is fresh; the number of its tokens."""
+        num_tokens = 0
+        for event in self.fresh:
+            index, token_ids, logprobs = event.index, event.chunk_tokens, event.logprobs
+            choice = self._choices.get(index)
+            if choice is None:
+                choice = self._choices[index] = _Choice()
+            choice.token_ids += token_ids
+            choice.chunks.append(event.chunk)
+            if logprobs is not None:
+                choice.logprobs += logprobs
+            num_tokens += len(token_ids)
+        self.fresh.clear()
+        self.num_tokens += num_tokens
+        return num_tokens
 
     def end(self, event: StreamEventEnd, ttft_s: float | None = None) -> StreamEventEnd:
         """The end as the caller gets it: of an answer that several engines made, the whole.

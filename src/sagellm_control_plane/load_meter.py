@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from sagellm_control_plane.capacity import Workload
+from sagellm_control_plane.engines import ManagedEngine
 from sagellm_protocol import Usage
 
 _MEMORY = 512  # requests that lengths and gaps are taken from
@@ -101,17 +102,9 @@ class LoadMeters:
         meter = self._meters[model] = LoadMeter(now, quantile)
         return meter
 
-    def arrived(self, model: str, at: float) -> None:
-        """A request for `model` came."""
-        meter = self._meters.get(model)
-        if meter is not None:
-            meter.arrived(at)
-
-    def answered(self, model: str, usage: Usage, ttft_s: float, decode_s: float) -> None:
-        """See `LoadMeter.ended`."""
-        meter = self._meters.get(model)
-        if meter is not None:
-            meter.ended(usage, ttft_s, decode_s)
+    def of(self, engine: ManagedEngine) -> LoadMeter | None:
+        """The meter of an engine's model; None where nobody watches that."""
+        return self._meters.get(engine.instance.model_name) if self._meters else None
 
 
 def _mean(values: deque[float] | tuple[float, ...]) -> float:

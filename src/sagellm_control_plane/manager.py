@@ -136,7 +136,7 @@ class ControlPlaneManager:
         self._runner = Runner(
             admission, self._dispatcher, phases, self._pool, self._totals, self.events, config, self._clock
         )
-        self._registry = EngineRegistry(self._pool, make_engine, self.backend_config)
+        self._registry = EngineRegistry(self._pool, make_engine, self.backend_config, self._store)
         self._scaling = Scaling(
             config.autoscaling,
             self._pool,
@@ -173,6 +173,19 @@ class ControlPlaneManager:
     def register_engine(self, engine: EngineClient, *, engine_id: str | None = None, model: str | None = None) -> str:
         """Add an engine object; returns its id. `model` is the name it is asked by."""
         return self._registry.add_client(engine, engine_id, model)
+
+    async def replace_model(self, model: str, config: EngineConfig) -> list[str]:
+        """New engines of `config` in the place of all that serve `model`, one after the other; returns their ids.
+
+        They answer to the name `model`, whatever `config` is called. Each is ready before its old one takes no more
+        requests, and that one's requests end undisturbed; the call is over when the last old engine has left. With a
+        `state` the next manager runs the new configuration, too, until the one that it is given changes.
+
+        Raises `NotFoundError` where no engine serves the model, `UnavailableError` where it is being replaced already,
+        and what kept a new engine from its start: then the old engines that are left stay in service.
+        """
+        self._check_running()
+        return await self._registry.replace(model, config)
 
     async def unregister_engine(self, engine_id: str) -> None:
         """Take no more requests for an engine, let those in flight end, then stop it."""

@@ -5,7 +5,8 @@ The rule is conditional: the prompt is computed elsewhere only where the first t
     here       T(prefill on the decode instance) + B * a * u    its B decoding requests wait for the u uncached tokens
     elsewhere  T(queue and prefill there) + overhead + u * s    s seconds a token for the hand-over, as measured
 
-A decision is changed only for a gain of a tenth. Where the hand-over fails for whatever reason, the decode instance
+A decision is changed only for a gain of a tenth, and while prompts stay, `s` goes back to its first guess: one slow
+hand-over must not be the last. Where the hand-over fails for whatever reason, the decode instance
 computes the prompt itself: the answer's tokens are the same either way.
 """
 
@@ -16,9 +17,8 @@ import numpy as np
 from sagellm_control_plane.clients.base import PrefixTransfer
 from sagellm_control_plane.config import PDSeparationConfig
 from sagellm_control_plane.engines import ManagedEngine
-from sagellm_control_plane.fleet import Booking
 from sagellm_control_plane.pool import EnginePool
-from sagellm_control_plane.prompts import num_outputs, output_limit, wants_prompt_logprobs
+from sagellm_control_plane.prompts import output_limit, wants_prompt_logprobs
 from sagellm_control_plane.routing.base import Rows
 from sagellm_control_plane.ticket import Ticket
 from sagellm_control_plane.types import ExecutionInstanceType
@@ -26,6 +26,7 @@ from sagellm_protocol import Request
 
 _HYSTERESIS = 0.1
 _NEWEST_SHARE = 0.2  # of the newest hand-over in the mean
+_FADING_SHARE = 0.05  # of a slow measure, with each prompt that stays
 
 
 class PhaseRouter:
@@ -67,6 +68,9 @@ class PhaseRouter:
         remote_s = float(there_s[best]) + self._config.hand_over_overhead_s + num_uncached * self._s_per_token
         margin = 1 - _HYSTERESIS if self._was_remote else 1 + _HYSTERESIS
         self._was_remote = here_s > margin * remote_s
+        if not self._was_remote:
+            excess = max(0.0, self._s_per_token - self._config.hand_over_s_per_token)
+            self._s_per_token -= _FADING_SHARE * excess
         return (int(sources[best]), int(cached[best])) if self._was_remote else None
 
     def measured(self, num_tokens: int, seconds: float) -> None:
@@ -108,13 +112,3 @@ class PhaseRouter:
 def prompt_token_ids(request: Request) -> list[int] | None:
     """The tokens of a prompt where they are known."""
     return request.prompt if isinstance(request.prompt, list) else request.prompt_token_ids
-
-
-def new_booking(ticket: Ticket, num_cached_tokens: int) -> Booking:
-    """What a stay of the request takes of an engine."""
-    routed = ticket.routed_now()
-    return Booking(
-        routed.num_prompt_tokens,
-        min(num_cached_tokens, max(routed.num_prompt_tokens - 1, 0)),
-        num_outputs(ticket.request),
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +13,11 @@ import numpy as np
 from sagellm_control_plane.clients.base import EngineClient, EngineLostError
 from sagellm_control_plane.clock import Clock
 from sagellm_control_plane.config import ControlPlaneConfig
-from sagellm_control_plane.engines import ManagedEngine
+from sagellm_control_plane.engines import ManagedEngine, Wanted
 from sagellm_control_plane.events import EventHub, EventKind
 from sagellm_control_plane.fleet import Booking, Fleet
-from sagellm_control_plane.lifecycle import LifecycleHooks, Supervisor
+from sagellm_control_plane.lifecycle import Supervisor
+from sagellm_control_plane.lives import LifecycleHooks
 from sagellm_control_plane.load_meter import LoadMeters
 from sagellm_control_plane.policies import Destination
 from sagellm_control_plane.predictor import Predictor
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
     from sagellm_core.engine_core.report import EngineReport, EngineStats
 
 _NO_ROWS: Rows = np.empty(0, np.intp)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The engines that one kind of requests may go to."""
+
+    engines: list[ManagedEngine]
+    asleep: list[ManagedEngine]  # those that are loaded only when one comes
 
 
 class EnginePool:
@@ -76,8 +86,8 @@ class EnginePool:
         self.names: Mapping[int, str] = {}  # of all rows; replaced, never changed
         self._by_row: dict[int, ManagedEngine] = {}
         self._stays: dict[ManagedEngine, set[Stay]] = {}
-        self._num_expected: dict[ManagedEngine, int] = {}  # tokens of prompts and answers in flight
-        self._open_rows: dict[Destination, Rows] = {}  # until something changes
+        self._serving: dict[tuple[str, RequestType | None], Serving] = {}  # until something changes
+        self._open_rows: dict[Destination, Rows] = {}  # likewise
 
     # ---- engines --------------------------------------------------------------------------------------
 
@@ -103,11 +113,11 @@ class EnginePool:
 
     def info(self, engine: ManagedEngine) -> EngineInfo:
         """An engine at this moment."""
-        return engine.info(self._num_expected[engine])
+        return engine.info(sum(stay.num_expected_tokens for stay in self._stays[engine]))
 
     async def loaded(self, model: str) -> ManagedEngine:
         """An engine that has a model in memory; one is started where there is none."""
-        serving = self.serving(model)
+        serving = self.serving(model).engines
         for engine in serving:
             if engine.is_loaded:
                 return engine
@@ -133,21 +143,14 @@ class EnginePool:
 
     # ---- who can take a request -----------------------------------------------------------------------
 
-    def serving(self, model: str, kind: RequestType | None = None) -> list[ManagedEngine]:
+    def serving(self, model: str, kind: RequestType | None = None) -> Serving:
         """The engines that requests of a kind for `model` may go to; `NotFoundError` where there is none."""
-        engines = self.engines
-        serving = [engine for engine in engines if engine.serves(model, kind)]
-        if serving:
-            return serving
-        if any(engine.serves(model) for engine in engines):
-            makes, lacks = ("text", "vectors") if kind is RequestType.EMBEDDING else ("vectors", "text")
-            raise InvalidArgumentError(
-                f"the engines of the model {model!r} make {makes}, no {lacks}; name another model", field="model"
-            )
-        if any(model in ("default", engine.instance.model_name) for engine in engines):
-            raise UnavailableError(f"the engines of the model {model!r} take no requests now; try again later")
-        known = ", ".join(sorted({engine.instance.model_name for engine in engines})) or "none"
-        raise NotFoundError(f"no engine serves the model {model!r}; there is {known}", field="model")
+        serving = self._serving.get((model, kind))
+        if serving is None:
+            engines = self._find_serving(model, kind)
+            asleep = [engine for engine in engines if engine.wanted is Wanted.UNLOADED]
+            serving = self._serving[model, kind] = Serving(engines, asleep)
+        return serving
 
     def open_rows(self, destination: Destination) -> Rows:
         """The rows of the engines that take such requests now; whether they have a place is another matter."""
@@ -164,15 +167,16 @@ class EnginePool:
 
     def free_rows(self, destination: Destination) -> Rows:
         """Those of them that have a place."""
-        rows, fleet = self.open_rows(destination), self.fleet
-        if len(rows) > 1:
-            return rows[fleet.num_requests[rows] < fleet.capacity[rows]]
-        row = rows.item() if len(rows) else None  # numpy's way would take ten times as long
-        return rows if row is None or fleet.num_requests[row] < fleet.capacity[row] else _NO_ROWS
+        rows, full = self.open_rows(destination), self.fleet.full
+        if not full:
+            return rows
+        if len(rows) == 1:
+            return _NO_ROWS if rows.item() in full else rows
+        return rows[self.fleet.num_requests[rows] < self.fleet.capacity[rows]]
 
     def hopeless(self, destination: Destination, *, avoided: ManagedEngine | None = None) -> UnavailableError | None:
         """Why it makes no sense to wait for such an engine, other than `avoided`; None where it does."""
-        if avoided is None and len(self.open_rows(destination)):
+        if avoided is None and self.open_rows(destination).size:
             return None
         model, kind = destination
         engines = self.supervisor.engines.values()
@@ -190,10 +194,9 @@ class EnginePool:
         assert engine.row is not None, "only engines with a row are chosen"
         self.fleet.grant(engine.row, stay.booking)
         self._stays[engine].add(stay)
-        self._num_expected[engine] += stay.num_expected_tokens
         engine.enter()
         if not engine.takes_requests:  # half-open breakers let one through
-            self._open_rows.clear()
+            self._forget_ways()
 
     def leave(self, stay: Stay, *, is_ok: bool | None) -> None:
         """It has ended there: well, through the engine's fault, or (None) in a way that says nothing of the engine."""
@@ -201,10 +204,9 @@ class EnginePool:
         self.fleet.end(stay.booking)
         if engine in self._stays:
             self._stays[engine].discard(stay)
-            self._num_expected[engine] -= stay.num_expected_tokens
         engine.leave(is_ok)
         if not is_ok:
-            self._open_rows.clear()
+            self._forget_ways()
 
     def rebook(self, stay: Stay, booking: Booking) -> None:
         """What a stay takes of its engine is something else than was expected."""
@@ -231,8 +233,8 @@ class EnginePool:
         self.predictor.add_engine(engine.row)
         self._by_row[engine.row] = engine
         self._name_rows()
-        self._stays[engine], self._num_expected[engine] = set(), 0
-        self._open_rows.clear()
+        self._stays[engine] = set()
+        self._forget_ways()
         self._events.publish(EventKind.ENGINE, f"{engine.engine_id} has come", engine_id=engine.engine_id)
 
     def _state_changed(self, engine: ManagedEngine, old: EngineState, new: EngineState, reason: str) -> None:
@@ -247,13 +249,13 @@ class EnginePool:
             self._telemetry.forget(engine)
 
     def _changed(self, _: ManagedEngine) -> None:
-        self._open_rows.clear()
+        self._forget_ways()
         self._on_change()
 
     def _lost(self, engine: ManagedEngine, error: SageLLMError) -> None:
         """Its requests move, whether or not their streams find out by themselves."""
         self._events.publish(EventKind.LOST, f"{engine.engine_id} is lost: {error.message}", engine_id=engine.engine_id)
-        self._open_rows.clear()
+        self._forget_ways()
         lost = error if isinstance(error, EngineLostError) else EngineLostError(error.message, context=error.context)
         stays = list(self._stays.get(engine, ()))
         num_silent = sum(not stay.trace.num_output_tokens for stay in stays)
@@ -272,13 +274,35 @@ class EnginePool:
         self._telemetry.forget(engine)
         self.predictor.remove_engine(row)
         self.fleet.remove(row)
-        del self._by_row[row], self._stays[engine], self._num_expected[engine]
+        del self._by_row[row], self._stays[engine]
         engine.row = None
         self._name_rows()
         self._events.publish(EventKind.ENGINE, f"{engine.engine_id} has left", engine_id=engine.engine_id)
-        self._open_rows.clear()
+        self._forget_ways()
         self._on_removed(row)
         self._on_change()
+
+    # ---- steps of the above ---------------------------------------------------------------------------
+
+    def _find_serving(self, model: str, kind: RequestType | None) -> list[ManagedEngine]:
+        engines = self.engines
+        serving = [engine for engine in engines if engine.serves(model, kind)]
+        if serving:
+            return serving
+        if any(engine.serves(model) for engine in engines):
+            makes, lacks = ("text", "vectors") if kind is RequestType.EMBEDDING else ("vectors", "text")
+            raise InvalidArgumentError(
+                f"the engines of the model {model!r} make {makes}, no {lacks}; name another model", field="model"
+            )
+        if any(model in ("default", engine.instance.model_name) for engine in engines):
+            raise UnavailableError(f"the engines of the model {model!r} take no requests now; try again later")
+        known = ", ".join(sorted({engine.instance.model_name for engine in engines})) or "none"
+        raise NotFoundError(f"no engine serves the model {model!r}; there is {known}", field="model")
+
+    def _forget_ways(self) -> None:
+        """Something has changed: who serves what has to be found anew."""
+        self._serving.clear()
+        self._open_rows.clear()
 
     def _name_rows(self) -> None:
         self.names = {row: engine.engine_id for row, engine in self._by_row.items()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sagellm_control_plane.first_token import first_token_s
 from sagellm_control_plane.fleet import Fleet, prefill_attention
 from sagellm_control_plane.step_time import DEFAULT_PRIOR, StepCoefficients, StepTimeModel
 
@@ -35,6 +36,7 @@ class OutputLengths:
 
     def __init__(self) -> None:
         self._counts = [0.0] * _NUM_BINS
+        self._total = 0.0  # of the counts
         self._newest = 1.0  # what the newest answer weighs: to let it grow is to let all others fade
         self._quantiles: dict[tuple[float, int], float | None] = {}  # asked for since the last change that counts
         self._num_added = 0
@@ -42,26 +44,28 @@ class OutputLengths:
     @property
     def weight(self) -> float:
         """Answers that count; at most a hundred."""
-        return sum(self._counts) / self._newest
+        return self._total / self._newest
 
     def add(self, num_tokens: int) -> None:
         """Learn from an answer."""
         self._newest /= _FADE
         self._counts[min(_bin(num_tokens), _NUM_BINS - 1)] += self._newest
+        self._total += self._newest
         self._num_added += 1
         if self._newest > _MOST:
             self._counts = [count / self._newest for count in self._counts]
-            self._newest = 1.0
+            self._total, self._newest = sum(self._counts), 1.0
         # One answer among a hundred changes no quantile that matters.
         if self._num_added <= _ENOUGH or self._num_added % _REFRESH == 0:
             self._quantiles.clear()
 
-    def quantile(self, share: float, *, beyond: int = 0) -> float | None:
+    def quantile(self, share: float, beyond: int = 0) -> float | None:
         """What `share` of the answers don't exceed, of those longer than `beyond`; None if there are none."""
-        first = _bin(beyond)
-        if (share, first) not in self._quantiles:
-            self._quantiles[share, first] = self._compute_quantile(share, first)
-        return self._quantiles[share, first]
+        first = _bin(beyond) if beyond else 0
+        key = share, first
+        if key not in self._quantiles:
+            self._quantiles[key] = self._compute_quantile(share, first)
+        return self._quantiles[key]
 
     def _compute_quantile(self, share: float, first: int) -> float | None:
         total = sum(self._counts[first:])
@@ -77,6 +81,12 @@ class OutputLengths:
 
 def _bin(num_tokens: int) -> int:
     return int(_BINS_PER_OCTAVE * log2(1 + num_tokens))
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    """numpy's own takes ten times as long for a few values."""
+    ranked = np.sort(values)
+    return float(ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
 
 
 class Predictor:
@@ -110,16 +120,27 @@ class Predictor:
 
     def observe_answer(self, tenant: str, model: str, num_tokens: int, service_s: float) -> None:
         """Learn from a whole answer: tokens of one choice, and the time that it held its place."""
-        for key in ((tenant, model), ("", model)) if tenant else (("", model),):
-            self._lengths.setdefault(key, OutputLengths()).add(num_tokens)
+        if tenant:
+            self._observe_length((tenant, model), num_tokens)
+        self._observe_length(("", model), num_tokens)
+        known = self._service_s.get(model)
+        if known is None:
+            self._service_s[model] = service_s
+            if len(self._service_s) > _MAX_LENGTHS:
+                self._service_s.popitem(last=False)
+        else:
+            self._service_s[model] = known + _SERVICE_SHARE * (service_s - known)
+            self._service_s.move_to_end(model)
+
+    def _observe_length(self, key: tuple[str, str], num_tokens: int) -> None:
+        lengths = self._lengths.get(key)
+        if lengths is None:
+            lengths = self._lengths[key] = OutputLengths()
+            if len(self._lengths) > _MAX_LENGTHS:
+                self._lengths.popitem(last=False)
+        else:
             self._lengths.move_to_end(key)
-        while len(self._lengths) > _MAX_LENGTHS:
-            self._lengths.popitem(last=False)
-        known = self._service_s.get(model, service_s)
-        self._service_s[model] = known + _SERVICE_SHARE * (service_s - known)
-        self._service_s.move_to_end(model)
-        if len(self._service_s) > _MAX_LENGTHS:
-            self._service_s.popitem(last=False)
+        lengths.add(num_tokens)
 
     # ---- lengths --------------------------------------------------------------------------------------
 
@@ -130,14 +151,17 @@ class Predictor:
         """
         if num_so_far >= limit:
             return limit
-        for key in ((tenant, model), ("", model)):
-            lengths = self._lengths.get(key)
-            if lengths is None or (key[0] and lengths.weight < _ENOUGH):
-                continue
-            expected = lengths.quantile(quantile, beyond=num_so_far)
-            if expected is not None:
-                return max(min(limit, round(expected)), num_so_far + 1)
-        return limit
+        expected: float | None = None
+        if tenant:
+            own = self._lengths.get((tenant, model))
+            if own is not None and own.weight >= _ENOUGH:
+                expected = own.quantile(quantile, num_so_far)
+        if expected is None:
+            common = self._lengths.get(("", model))
+            expected = None if common is None else common.quantile(quantile, num_so_far)
+        if expected is None or expected >= limit:
+            return limit
+        return max(round(expected), num_so_far + 1)
 
     def has_seen(self, model: str) -> bool:
         """Whether an answer of the model was learned from."""
@@ -149,14 +173,8 @@ class Predictor:
         self, rows: NDArray[np.intp], num_prompt_tokens: int, num_cached_tokens: NDArray[np.int64] | int = 0
     ) -> NDArray[np.float64]:
         """Until the first token on each engine if the request went there now: prefills ahead of it, and its own."""
-        fleet = self._fleet
         uncached = np.maximum(1, num_prompt_tokens - np.asarray(num_cached_tokens))
-        tokens = fleet.queued_tokens[rows] + uncached
-        attention = fleet.queued_attention[rows] + uncached * (2 * num_prompt_tokens - uncached) / 2
-        num_steps = np.ceil(tokens / np.maximum(1, fleet.max_num_batched_tokens[rows]))
-        step_s = fleet.c0[rows] + fleet.k[rows] * fleet.kv_tokens[rows] + fleet.b[rows] * fleet.num_decoding[rows]
-        seconds: NDArray[np.float64] = num_steps * step_s + fleet.a[rows] * tokens + fleet.q[rows] * attention
-        return seconds
+        return first_token_s(self._fleet, num_prompt_tokens, uncached, rows)[1]
 
     def tpot_s(
         self, rows: NDArray[np.intp], num_context_tokens: int = 0, *, num_sequences: int = 1
@@ -177,12 +195,12 @@ class Predictor:
         num_steps = np.ceil(num_prompt_tokens / np.maximum(1, fleet.max_num_batched_tokens[rows]))
         step_s = fleet.c0[rows] + fleet.k[rows] * fleet.kv_tokens[rows] + fleet.b[rows] * fleet.num_decoding[rows]
         attention = prefill_attention(num_prompt_tokens, num_prompt_tokens)
-        return float(np.median(num_steps * step_s + fleet.a[rows] * num_prompt_tokens + fleet.q[rows] * attention))
+        return _median(num_steps * step_s + fleet.a[rows] * num_prompt_tokens + fleet.q[rows] * attention)
 
     def decode_s(self, num_tokens: int) -> float:
         """For so many tokens of one sequence, on an engine of average speed and its load of now; 0 without engines."""
         rows = self._fleet.rows()
-        return num_tokens * float(np.median(self.tpot_s(rows))) if len(rows) else 0.0
+        return num_tokens * _median(self.tpot_s(rows)) if len(rows) else 0.0
 
     def remaining_s(
         self, row: int, tenant: str, model: str, limit: int, num_context_tokens: int, num_so_far: int

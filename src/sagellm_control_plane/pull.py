@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
-
-T = TypeVar("T")
+from types import TracebackType
 
 
 class Pull:
-    """The waits of one request on one engine, one at a time."""
+    """The waits of one request on one engine, one at a time: `with pull: answer = await ...`.
+
+    Each ends with what was awaited, or with the error that `interrupt` was given, now or before.
+    """
 
     __slots__ = ("_error", "_loop", "_task")
 
@@ -24,29 +24,19 @@ class Pull:
         self._task: asyncio.Task[object] | None = None
         self._error: Exception | None = None
 
-    async def wait(self, call: Callable[[], Awaitable[T]]) -> T:
-        """What `await call()` gives, or the error that `interrupt` was given, now or before."""
-        self.begin()
-        try:
-            return await call()
-        except asyncio.CancelledError as error:
-            raise self.reason(error) from None
-        finally:
-            self.end()
-
-    def begin(self) -> None:
-        """The running task is about to wait; raises the error of an interruption before. `wait` in three parts."""
+    def __enter__(self) -> None:
+        """The running task is about to wait; raises the error of an interruption before."""
         if self._error is not None:
             raise self._error
         self._task = asyncio.current_task(self._loop)
 
-    def end(self) -> None:
-        """It waits no more."""
-        self._task = None
-
-    def reason(self, cancelled: asyncio.CancelledError) -> BaseException:
-        """What to raise for a cancellation between `begin` and `end`: the error of an interruption, or itself."""
-        return cancelled if self._error is None or not self._is_ours() else self._error
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """It waits no more; raises the error of an interruption, whatever the wait has made of the cancellation."""
+        task, self._task = self._task, None
+        if self._error is not None and _is_uncancelled(task):
+            raise self._error from None
 
     def interrupt(self, error: Exception) -> None:
         """Let this wait, and every later one, end with `error`; the first error counts."""
@@ -56,8 +46,9 @@ class Pull:
         if self._task is not None:
             self._task.cancel()
 
-    def _is_ours(self) -> bool:
-        """Whether the cancellation came from `interrupt` alone."""
-        if self._task is None:
-            return False
-        return sys.version_info < (3, 11) or self._task.uncancel() == 0
+
+def _is_uncancelled(task: asyncio.Task[object] | None) -> bool:
+    """Take one cancellation back; whether nobody but `interrupt` has cancelled."""
+    if task is None:
+        return False
+    return sys.version_info < (3, 11) or task.uncancel() == 0

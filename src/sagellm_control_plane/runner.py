@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import partial
 from typing import TypeVar
 
 from sagellm_control_plane.admission import Admission
@@ -13,9 +11,12 @@ from sagellm_control_plane.clients.base import EngineLostError
 from sagellm_control_plane.clock import Clock
 from sagellm_control_plane.config import ControlPlaneConfig
 from sagellm_control_plane.dispatch import Dispatcher
+from sagellm_control_plane.engines import ManagedEngine
 from sagellm_control_plane.events import EventHub, EventKind
-from sagellm_control_plane.failover import refusal
+from sagellm_control_plane.explain import RequestTrace
+from sagellm_control_plane.failover import UNREST_S, refusal
 from sagellm_control_plane.hand_over import PrefixCourier
+from sagellm_control_plane.journal import Journal
 from sagellm_control_plane.pd import PhaseRouter
 from sagellm_control_plane.pool import EnginePool
 from sagellm_control_plane.prompts import num_outputs, output_limit, wants_prompt_logprobs
@@ -23,6 +24,7 @@ from sagellm_control_plane.ticket import Stay, Ticket
 from sagellm_control_plane.types import EngineState, PerformanceTotals
 from sagellm_protocol import (
     DeadlineExceededError,
+    Error,
     ErrorCode,
     FinishReason,
     InternalError,
@@ -73,39 +75,44 @@ class Runner:
         begun every error is its end.
         """
         ticket = await self._admission.submit(request)
+        journal = ticket.journal = Journal(ticket.request)
         failure: SageLLMError | None = None
         try:
             while True:
                 try:
-                    stay = await self._placed(ticket)
-                    async with aclosing(stay.engine.client.stream(ticket.journal.remainder())) as events:
-                        pull = stay.pull  # its `wait` would cost each token a coroutine more
+                    stay = ticket.stay
+                    if stay is None or stay.hand_over is not None:
+                        stay = await self._placed(ticket)
+                    pull, fresh = stay.pull, journal.fresh
+                    async with aclosing(stay.engine.client.stream(journal.remainder())) as events:
                         try:
                             while True:
-                                pull.begin()
-                                event = await events.__anext__()
-                                pull.end()
+                                with pull:
+                                    event = await events.__anext__()
                                 if isinstance(event, StreamEventDelta):
-                                    self._delta(ticket, event)
+                                    fresh.append(event)
+                                    if len(fresh) >= _BOOK_EVERY or not stay.trace.num_output_tokens:
+                                        self._book(ticket, stay, journal)
                                     yield event
                                 elif isinstance(event, StreamEventEnd):
-                                    yield await self._end(ticket, stay, event)
+                                    yield await self._end(ticket, stay, journal, event)
                                     return
-                                elif ticket.journal.start(event):
-                                    yield event
-                        except asyncio.CancelledError as error:
-                            raise pull.reason(error) from None
+                                else:
+                                    stay.has_begun = True
+                                    if journal.start(event):
+                                        yield event
                         finally:
-                            pull.end()
+                            self._book(ticket, stay, journal)
                 except StopAsyncIteration:
-                    self._move(ticket, EngineLostError(f"{stay.engine.engine_id} ended a stream without its end"))
+                    engine_id = ticket.trace.stays[-1].engine_id
+                    self._move(ticket, EngineLostError(f"{engine_id} ended a stream without its end"))
                 except UnavailableError as error:
                     self._move(ticket, await self._diagnosed(ticket, error))
         except SageLLMError as error:
             failure = error
-            if not ticket.journal.has_started:
+            if not journal.has_started:
                 raise
-            yield self._broken_end(ticket, error)
+            yield self._broken_end(ticket, journal, error)
         except Exception as error:
             failure = InternalError(f"{type(error).__name__}: {error}")
             raise
@@ -121,9 +128,13 @@ class Runner:
         try:
             while True:
                 try:
-                    stay = await self._placed(ticket)
-                    response = await stay.pull.wait(partial(stay.engine.client.execute, ticket.request))
-                    await self._check_alive(ticket, stay, response)
+                    stay = ticket.stay
+                    if stay is None or stay.hand_over is not None:
+                        stay = await self._placed(ticket)
+                    with stay.pull:
+                        response = await stay.engine.client.execute(ticket.request)
+                    if response.error is not None:
+                        await self._check_alive(ticket, stay, response.error)
                     return self._finished(ticket, stay, response)
                 except UnavailableError as error:
                     self._move(ticket, await self._diagnosed(ticket, error))
@@ -167,65 +178,68 @@ class Runner:
             error=last.error,
         )
 
-    def _delta(self, ticket: Ticket, event: StreamEventDelta) -> None:
-        stay = ticket.stay
-        assert stay is not None, "tokens come from an engine"
-        num_tokens = len(event.chunk_tokens)
-        ticket.journal.add(event)
-        if num_tokens and not stay.trace.num_output_tokens:
+    def _book(self, ticket: Ticket, stay: Stay, journal: Journal) -> None:
+        """Enter what was delivered since the last time."""
+        num_tokens = journal.read()
+        if not num_tokens:
+            return
+        if not stay.trace.num_output_tokens:
             self._dispatcher.first_token(ticket)
         stay.trace.num_output_tokens += num_tokens
-        if stay.trace.num_output_tokens - stay.booking.num_tokens >= _BOOK_EVERY:
-            self._dispatcher.tokens(ticket, stay.trace.num_output_tokens - stay.booking.num_tokens)
+        self._dispatcher.tokens(ticket, num_tokens)
 
-    async def _end(self, ticket: Ticket, stay: Stay, event: StreamEventEnd) -> StreamEventEnd:
+    async def _end(self, ticket: Ticket, stay: Stay, journal: Journal, event: StreamEventEnd) -> StreamEventEnd:
         """The end for the caller; raises `EngineLostError` where it is the end of the engine."""
-        await self._check_alive(ticket, stay, event)
+        self._book(ticket, stay, journal)
+        if event.error is not None:
+            await self._check_alive(ticket, stay, event.error)
         first = ticket.trace.stays[0]
         ttft_s = None if first.first_token_at is None else first.first_token_at - first.granted_at
-        return self._finished(ticket, stay, ticket.journal.end(event, ttft_s))
+        return self._finished(ticket, stay, journal.end(event, ttft_s))
 
-    async def _check_alive(self, ticket: Ticket, stay: Stay, answer: Response | StreamEventEnd) -> None:
+    async def _check_alive(self, ticket: Ticket, stay: Stay, error: Error) -> None:
         """Raise `EngineLostError` where an error is not the request's own."""
-        error = answer.error
-        if error is None or error.code not in _OF_A_DEAD_ENGINE or ticket.is_late:
+        if error.code not in _OF_A_DEAD_ENGINE or ticket.is_late:
             return
-        if not await stay.pull.wait(stay.engine.client.health_check):
+        with stay.pull:
+            is_alive = await stay.engine.client.health_check()
+        if not is_alive:
             raise EngineLostError(f"{stay.engine.engine_id} died: {error.message}", engine_id=stay.engine.engine_id)
 
     def _finished(self, ticket: Ticket, stay: Stay, response: _Answer) -> _Answer:
         """An engine has answered: count it, learn from it, and book the rest of its tokens."""
         if ticket.is_late and response.error is None and response.finish_reason is FinishReason.ABORT:
             response = response.model_copy(update={"error": ticket.deadline_error().to_error()})
-        num_left = stay.trace.num_output_tokens - stay.booking.num_tokens
-        if num_left:
-            self._dispatcher.tokens(ticket, num_left)
-        now, waiting = self._clock.now(), ticket.waiting
-        if stay.trace.first_token_at is None and response.metrics.ttft_ms:  # it was not followed token by token
-            stay.trace.first_token_at = stay.trace.granted_at + response.metrics.ttft_ms / 1e3
-            ticket.trace.first_token_at = stay.trace.first_token_at
-        self._totals.add(response, now - ticket.trace.stays[0].granted_at)
-        trace = ticket.trace
-        trace.outcome = response.finish_reason.value if response.error is None else response.error.code.value
-        trace.error = None if response.error is None else response.error.message
-        if response.finish_reason in _COMPLETE:
+        trace, error, reason = ticket.trace, response.error, response.finish_reason
+        service_s = self._clock.now() - trace.stays[0].granted_at
+        ttft_ms, is_complete = response.metrics.ttft_ms, reason in _COMPLETE
+        if stay.trace.first_token_at is None and ttft_ms:  # it was not followed token by token
+            trace.first_token_at = stay.trace.first_token_at = stay.trace.granted_at + ttft_ms / 1e3
+        self._totals.add(response, service_s)
+        trace.outcome = str(reason if error is None else error.code)
+        trace.error = None if error is None else error.message
+        if is_complete:
             num_tokens = response.usage.completion_tokens // max(1, len(response.outputs))
-            service_s = now - trace.stays[0].granted_at
-            self._pool.predictor.observe_answer(waiting.tenant, waiting.request.model, num_tokens, service_s)
+            self._pool.predictor.observe_answer(ticket.tenant, trace.model, num_tokens, service_s)
             ticket.num_unserved_tokens = 0
-            # Short answers are not followed token by token: then the engine's own figure, behind the time in the queue.
-            queue_s = trace.stays[0].granted_at - trace.queued_at
-            ttft_s = queue_s + response.metrics.ttft_ms / 1e3 if trace.ttft_s is None else trace.ttft_s
-            decode_s = now - trace.queued_at - ttft_s
-            self._pool.loads.answered(stay.engine.instance.model_name, response.usage, ttft_s, decode_s)
-        error = None if response.error is None else response.error.to_exception()
-        self._dispatcher.leave(ticket, error, is_answered=response.finish_reason in _COMPLETE)
+            self._measure(trace, stay.engine, response, service_s)
+        self._dispatcher.leave(ticket, None if error is None else error.to_exception(), is_answered=is_complete)
         return response
 
-    def _broken_end(self, ticket: Ticket, error: SageLLMError) -> StreamEventEnd:
+    def _measure(self, trace: RequestTrace, engine: ManagedEngine, response: _Answer, service_s: float) -> None:
+        """Tell the meter of the engine's model of an answer, where there is one."""
+        meter = self._pool.loads.of(engine)
+        if meter is None:
+            return
+        # Short answers are not followed token by token: then the engine's own figure, behind the time in the queue.
+        queue_s = trace.stays[0].granted_at - trace.queued_at
+        ttft_s = queue_s + response.metrics.ttft_ms / 1e3 if trace.ttft_s is None else trace.ttft_s
+        meter.ended(response.usage, ttft_s, queue_s + service_s - ttft_s)
+
+    def _broken_end(self, ticket: Ticket, journal: Journal, error: SageLLMError) -> StreamEventEnd:
         reason = FinishReason.ABORT if isinstance(error, DeadlineExceededError) else FinishReason.ERROR
         engine_id = ticket.trace.stays[-1].engine_id if ticket.trace.stays else ""
-        end = ticket.journal.broken_end(error, reason, engine_id)
+        end = journal.broken_end(error, reason, engine_id)
         self._totals.add(end, self._clock.now() - ticket.trace.queued_at)
         return end
 
@@ -235,8 +249,7 @@ class Runner:
             trace.outcome, trace.error = failure.code.value, failure.message
         elif trace.outcome == "running":
             trace.outcome = "cancelled"
-        self._dispatcher.leave(ticket, failure)
-        self._admission.close(ticket)
+        self._admission.close(ticket, failure)
 
     # ---- moves ----------------------------------------------------------------------------------------
 
@@ -247,7 +260,9 @@ class Runner:
             raise error  # no engine has said it: the request was refused
         if isinstance(error, EngineLostError) or stay.engine.state is not EngineState.READY:
             return error
-        if await stay.pull.wait(stay.engine.client.health_check):
+        with stay.pull:
+            is_alive = await stay.engine.client.health_check()
+        if is_alive:
             return error
         return EngineLostError(f"{stay.engine.engine_id} died: {error.message}", engine_id=stay.engine.engine_id)
 
@@ -258,7 +273,8 @@ class Runner:
         engine_id = stay.engine.engine_id
         if isinstance(error, EngineLostError):
             self._pool.supervisor.lost(stay.engine, stay.generation, error)
-        reason = refusal(ticket, error, self._config.failover)
+        num_lost = self._events.num_since(EventKind.LOST, self._clock.now() - UNREST_S)
+        reason = refusal(ticket, error, self._config.failover, num_lost)
         self._dispatcher.leave(ticket, error)
         if reason is not None:
             self._events.publish(
@@ -267,17 +283,17 @@ class Runner:
             raise reason
         self._events.publish(
             EventKind.MOVED,
-            f"{request_id} leaves {engine_id} with {ticket.journal.num_tokens} tokens delivered: {error.message}",
+            f"{request_id} leaves {engine_id} with {ticket.num_delivered} tokens delivered: {error.message}",
             engine_id=engine_id,
             request_id=request_id,
-            num_tokens=ticket.journal.num_tokens,
+            num_tokens=ticket.num_delivered,
         )
         self._dispatcher.readmit(ticket, avoid=None if isinstance(error, EngineLostError) else stay.engine)
 
 
 def _is_worth_a_stream(request: Request) -> bool:
     """Whether a whole answer is followed token by token. A stream does not tell of the prompt's tokens."""
-    if request.embed is not None or wants_prompt_logprobs(request):
-        return False
     limit = output_limit(request)
-    return limit is None or limit * num_outputs(request) > _SHORT_TOKENS
+    if limit is not None and limit * num_outputs(request) <= _SHORT_TOKENS:
+        return False
+    return request.embed is None and not wants_prompt_logprobs(request)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sagellm_control_plane.engines import ManagedEngine
 from sagellm_control_plane.explain import RequestTrace, StayTrace
 from sagellm_control_plane.fleet import Booking
 from sagellm_control_plane.journal import Journal
-from sagellm_control_plane.policies import Destination, WaitingRequest
+from sagellm_control_plane.policies import WaitingRequest
 from sagellm_control_plane.pull import Pull
 from sagellm_control_plane.quotas import Reservation
 from sagellm_control_plane.routing import RoutedRequest
-from sagellm_protocol import DeadlineExceededError, Request, SageLLMError
+from sagellm_protocol import DeadlineExceededError, SageLLMError
 
 if TYPE_CHECKING:
     from sagellm_control_plane.hand_over import HandOver
@@ -31,18 +31,19 @@ class Stay:
     trace: StayTrace
     pull: Pull
     is_trial: bool = False  # the request has just lost an engine and made no token here yet
+    has_begun: bool = False  # the engine has said that it has the request; only streams are told
     had_company: bool = False  # when its engine was lost, others there had made no token either
     hand_over: HandOver | None = None  # another engine computes the prompt for this one
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class Ticket(WaitingRequest):
     """One request, from its arrival to its end. It has a stay, or a refusal, or waits; `granted` ends that wait."""
 
-    waiting: WaitingRequest
-    routed: RoutedRequest
-    trace: RequestTrace
-    journal: Journal
+    routed: RoutedRequest = field(kw_only=True)
+    trace: RequestTrace = field(kw_only=True)
+    num_outputs: int = field(kw_only=True)  # that it asks for
+    journal: Journal | None = None  # of a stream; an answer that is made whole has none
     granted: asyncio.Future[None] | None = None  # there while its task waits
     stay: Stay | None = None
     refusal: SageLLMError | None = None
@@ -50,25 +51,28 @@ class Ticket:
     num_grants: int = 0
     avoided: ManagedEngine | None = None  # has just turned it away
     is_suspect: bool = False  # it may be what killed the engine that it was on
-    num_losses: int = 0  # engines lost in a row without a token made there
+    num_losses: int = 0  # engines lost in a row, without a token made on any but the first
     num_unserved_tokens: int = 0  # of the prompt, that no engine has computed
     is_late: bool = False  # its deadline has passed
     is_closed: bool = False
 
     @property
-    def request(self) -> Request:
-        return self.waiting.request
+    def num_delivered(self) -> int:
+        """Tokens that its caller has."""
+        return 0 if self.journal is None else self.journal.num_tokens
 
-    @property
-    def destination(self) -> Destination:
-        """The model it asks for, and what of it."""
-        return self.waiting.destination
+    def new_booking(self, num_cached_tokens: int) -> Booking:
+        """What a stay takes of an engine."""
+        num_prompt_tokens = self.routed.num_prompt_tokens + self.num_delivered
+        if num_cached_tokens >= num_prompt_tokens:  # the last token is always computed
+            num_cached_tokens = max(num_prompt_tokens - 1, 0)
+        return Booking(num_prompt_tokens, num_cached_tokens, self.num_outputs)
 
     def routed_now(self) -> RoutedRequest:
         """What a choice rests on: after a move the tokens made so far are part of the prompt."""
-        if not self.journal.num_tokens:
+        if not self.num_delivered:
             return self.routed
-        return replace(self.routed, num_prompt_tokens=self.routed.num_prompt_tokens + self.journal.num_tokens)
+        return replace(self.routed, num_prompt_tokens=self.routed.num_prompt_tokens + self.num_delivered)
 
     def deadline_error(self) -> DeadlineExceededError:
         """What is said of a request that is late."""

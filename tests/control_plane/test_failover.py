@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 import virtual_loop
 from sagellm_control_plane.config import FailoverConfig
 from sagellm_control_plane.events import EventKind
-from sagellm_protocol import ErrorCode, FinishReason
+from sagellm_protocol import ErrorCode, FinishReason, Request, StreamEvent, StreamEventStart
 from sim_engine import SimEngine, answer_of
 from sim_world import World, make_request
 
@@ -101,8 +103,8 @@ def test_a_limit_of_moves_holds() -> None:
     virtual_loop.run(main)
 
 
-@pytest.mark.parametrize(("prompt", "num_deaths"), [("poison", 2), ("poison3", 3)])
-def test_a_request_that_kills_engines_is_refused_and_its_company_lives(prompt: str, num_deaths: int) -> None:
+@pytest.mark.parametrize("prompt", ["poison", "poison3"])
+def test_a_request_that_kills_engines_is_refused_after_two_and_its_company_lives(prompt: str) -> None:
     async def main() -> None:
         world = await serve(3)
         others = [world.submit(make_request(n, prompt=f"innocent {n}", max_tokens=60, seed=n)) for n in range(1, 4)]
@@ -111,9 +113,53 @@ def test_a_request_that_kills_engines_is_refused_and_its_company_lives(prompt: s
         await close(world)
         assert poison.outcome is ErrorCode.INTERNAL
         assert all(isinstance(call.outcome, FinishReason) for call in others)
-        assert len(world.manager.explain("r9").stays) == num_deaths
+        assert len(world.manager.explain("r9").stays) == 2
         lost = [event for event in world.manager.events.recent() if event.kind is EventKind.LOST]
-        assert len(lost) == num_deaths
+        assert len(lost) == 2
+
+    virtual_loop.run(main)
+
+
+@pytest.mark.parametrize("is_calm", [True, False])
+def test_where_engines_die_anyway_two_in_a_row_are_bad_luck(is_calm: bool) -> None:
+    async def main() -> None:
+        world = await serve(4)
+        client(world, 3).die()  # under nobody
+        await asyncio.sleep(100 if is_calm else 10)
+        call = world.submit(make_request(1, prompt="x" * 300, max_tokens=60, seed=5))
+        for number in range(2):
+            await asyncio.sleep(0.005)  # it has begun, and not made a token yet
+            stays = world.manager.explain("r1").stays
+            assert [stay.num_output_tokens for stay in stays] == [0] * (number + 1)
+            next(engine for engine in map(partial(client, world), range(4)) if engine.requests).die()
+        await close(world)
+        assert (call.outcome is ErrorCode.INTERNAL) is is_calm
+
+    virtual_loop.run(main)
+
+
+def test_two_engines_that_fail_at_once_condemn_nobody() -> None:
+    async def main() -> None:
+        world = await serve(3)
+        call = world.submit(make_request(1, prompt="innocent", max_tokens=60, seed=5))
+        await asyncio.sleep(0.2)
+
+        async def silence(_: Request) -> AsyncGenerator[StreamEvent, None]:
+            await asyncio.Event().wait()
+            yield StreamEventStart(request_id="r1", prompt_tokens=1)
+
+        client(world, 1).stream = silence  # type: ignore[method-assign]
+        client(world, 0).die()
+        await asyncio.sleep(0.1)
+        client(world, 1).die()
+        await close(world)
+        assert isinstance(call.outcome, FinishReason)
+        stays = world.manager.explain("r1").stays
+        assert [(stay.engine_id, stay.num_output_tokens > 0) for stay in stays] == [
+            ("e-0", True),
+            ("e-1", False),
+            ("e-2", True),
+        ]
 
     virtual_loop.run(main)
 

@@ -99,6 +99,28 @@ def test_what_is_cached_already_needs_no_hand_over() -> None:
     run(main)
 
 
+def test_a_slow_hand_over_is_not_the_last() -> None:
+    async def main() -> None:
+        house = Separated()
+        async with house.manager:
+            await house.busy()
+            phases = house.manager._dispatcher._phases
+            assert phases is not None
+            phases.measured(100, 100.0)
+            whereabouts = []
+            for number in range(400):
+                prompt = f"{number} {LONG}"[: len(LONG)]
+                response = await house.manager.execute_request(make_request(number, prompt=prompt, max_tokens=20))
+                assert response.error is None
+                whereabouts.append(house.manager.explain(f"r{number}").to_dict()["stays"][0]["prefilled_by"])
+                if whereabouts[-1] is not None:
+                    break
+            assert whereabouts[0] is None
+            assert whereabouts[-1] == "p"
+
+    run(main)
+
+
 def test_a_hand_over_that_fails_is_made_up_for_on_either_side() -> None:
     for side in ("p", "d"):
 

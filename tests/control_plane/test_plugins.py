@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from sagellm_control_plane.plugins import load_class, names
+from sagellm_control_plane.plugins import Registry
 from sagellm_control_plane.policies import SchedulingPolicy, get_policy
 from sagellm_protocol import InvalidArgumentError
 
@@ -111,9 +111,12 @@ def test_a_broken_distribution_is_named(tmp_path: Path, value: str, error: str) 
 
 
 def test_names_are_sorted_and_unknown_ones_refused() -> None:
-    assert names({"b": "x:Y", "a": "x:Z"}, "sagellm.no_such_group") == ["a", "b"]
+    things: Registry[object] = Registry(
+        "x", "y:Z", {"b": "x:Y", "a": "x:Z"}, group="sagellm.no_such_group", field="thing"
+    )
+    assert things.names() == ["a", "b"]
     with pytest.raises(InvalidArgumentError, match="unknown thing 'c'; choose one of a") as error:
-        load_class("c", object, {"a": "x:Y"}, "sagellm.no_such_group", field="thing")
+        things.get("c")
     assert error.value.context["field"] == "thing"
     assert issubclass(get_policy("fair"), SchedulingPolicy)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from unittest.mock import patch
 
 import numpy as np
 from hypothesis import given, settings
@@ -11,9 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from sagellm_control_plane.block_map import BlockMap
 from sagellm_control_plane.prefix_index import PrefixIndex
+from sagellm_control_plane.prompts import BlockNames
 from sagellm_control_plane.text_index import TEXT_BLOCK_BYTES, TextIndex, text_keys
+from sagellm_kv_cache import hashing
 from sagellm_kv_cache.events import AllBlocksCleared, BlockRemoved, BlockStored, CacheDigest, EventBatch, KVCacheEvent
-from sagellm_kv_cache.hashing import digest_of
+from sagellm_kv_cache.hashing import digest_of, root_hash
 
 HASHES = [sha256(bytes([number])).digest() for number in range(24)]
 NUM_ENGINES = 4
@@ -67,6 +70,30 @@ def test_a_match_of_many_engines_at_many_depths() -> None:
     for row in range(500):
         blocks.clear(row)
     assert (len(blocks), blocks.num_held) == (0, 0)
+
+
+@given(st.integers(0, 700), st.sets(st.integers(0, 699), max_size=3), st.sampled_from([1, 5, 20]))
+@settings(deadline=None)
+def test_a_long_prompt_is_matched_up_to_the_first_gap(length: int, gaps: set[int], num_rows: int) -> None:
+    blocks, keys = BlockMap(), [sha256(number.to_bytes(2, "big")).digest() for number in range(700)]
+    for number in set(range(length)) - gaps:
+        for row in range(num_rows):
+            blocks.add(row, keys[number])
+    assert blocks.match(keys, num_rows).tolist() == [min({length, *gaps})] * num_rows
+
+
+def test_a_prompt_is_named_only_as_far_as_it_is_looked_up() -> None:
+    blocks, token_ids = BlockMap(), list(range(4000))
+    root = root_hash()
+    names = BlockNames(token_ids, 4, root)
+    with patch.object(hashing, "sha256", wraps=sha256) as hasher:
+        assert blocks.match(names, 1).tolist() == [0]
+        assert hasher.call_count == 1
+        for name in names[:40]:
+            blocks.add(0, name)
+        hasher.reset_mock()
+        assert blocks.match(BlockNames(token_ids, 4, root), 1).tolist() == [40]
+        assert hasher.call_count == 64
 
 
 class Blocks(RuleBasedStateMachine):

@@ -204,6 +204,21 @@ def test_cached_prompts_are_found_again(name: str) -> None:
     assert (choice.row, choice.num_cached_tokens) == (2, 1023), "the last token is always computed"
 
 
+def test_the_default_would_wait_only_for_an_engine_that_has_more_of_the_prompt() -> None:
+    context = RoutingContext()
+    fleet = fleet_of("a", "b", "c", capacity=100)
+    policy, asked, rows = router("marginal_cost", context), request(), fleet.rows()
+    others = np.array([0, 1])
+    assert not policy.would_wait(asked, others, rows, fleet), "nobody has it"
+    cache(context, 2, 5)
+    assert policy.would_wait(asked, others, rows, fleet)
+    assert not policy.would_wait(asked, rows, rows, fleet), "that one is free, too"
+    assert not policy.would_wait(asked, others, others, fleet), "that one takes no requests"
+    assert not policy.would_wait(request(block_hashes=()), others, rows, fleet)
+    cache(context, 0, 5)
+    assert not policy.would_wait(asked, others, rows, fleet)
+
+
 @pytest.mark.parametrize("name", CACHE_POLICIES)
 def test_engines_that_tell_nothing_are_known_by_what_was_sent_to_them(name: str) -> None:
     context = RoutingContext()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
 from sagellm_control_plane import ControlPlaneManager, EngineConfig, ExecutionInstanceType
+from sagellm_control_plane.autoscaler_config import AutoscalerConfig
 from sagellm_control_plane.config import ControlPlaneConfig, FailoverConfig, PDSeparationConfig
 from sagellm_control_plane.engines import ManagedEngine, Wanted
 from sagellm_control_plane.lifecycle_config import BreakerConfig, LifecycleConfig
 from sagellm_control_plane.quotas import QuotaConfig, TenantQuota
+from sagellm_control_plane.replacement import replace_model
 from sagellm_control_plane.types import EngineState
 from sagellm_protocol import (
     SLO,
@@ -79,12 +82,26 @@ class Call:
 
 
 class World:
-    """A manager and its engines. No operator touches engine 0, so that there is always one to wait for."""
+    """A manager and its engines.
+
+    No operator touches engine 0, or those that come in its place, so that there is always one to wait for. `is_flaky`:
+    some engines that replace others, or are added by the autoscaler, do not start.
+    """
 
     def __init__(
-        self, *, policy: str, router: str, num_engines: int, seed: int, is_separated: bool = False, **options: Any
+        self,
+        *,
+        policy: str,
+        router: str,
+        num_engines: int,
+        seed: int,
+        is_separated: bool = False,
+        is_flaky: bool = False,
+        **options: Any,
     ) -> None:
         self.seed = seed
+        self.is_flaky = is_flaky
+        self._rng = random.Random(seed)
         self.is_separated = is_separated
         config = ControlPlaneConfig(
             scheduling_policy=policy,
@@ -97,17 +114,24 @@ class World:
         self.manager = ControlPlaneManager(config=config, make_engine=self._make)
         self.calls: list[Call] = []
         self.operations: list[asyncio.Future[Any]] = []
+        self.replacements: list[asyncio.Task[None]] = []
+        self.faults_seen: list[str] = []  # of those who promise something for every moment
         self._num_engines = 0
+        self._watch(config.autoscaling.get("sim"))
         for _ in range(num_engines):
             self.add_engine()
 
     # ---- what can happen ------------------------------------------------------------------------------
 
     def _make(self, config: Any) -> SimEngine:
-        number = int(str(config.engine_id).split("-")[1])
+        name, _, given = str(config.engine_id).partition("-")
+        number = int(given.split(".")[0])
         kind = {"places": 1 + (number + self.seed) % 3, "load_s": float(number % 3), "reports": number % 4 != 3}
         kind["is_deaf"] = (number + self.seed) % 2 == 0
-        return SimEngine(config.engine_id, seed=self.seed, **kind)
+        client = SimEngine(config.engine_id, seed=self.seed, **kind)
+        if self.is_flaky and (name != "e" or "." in given) and self._rng.random() < 0.25:
+            client.start_errors.append(UnavailableError("told to"))
+        return client
 
     def add_engine(self) -> None:
         kind = _PD_KINDS[self._num_engines % 2] if self.is_separated else ExecutionInstanceType.GENERAL
@@ -144,8 +168,8 @@ class World:
             client.is_hanging = False
 
     def operate(self, what: str, number: int) -> None:
-        """The operator does something to any engine but the first."""
-        engines = self.engines[1:]
+        """The operator does something to any engine but the first, or what came in its place."""
+        engines = [engine for engine in self.engines if engine.engine_id.split(".")[0] != "e-0"]
         if what == "add" and len(engines) < 5:
             self.add_engine()
             self._note(self.manager.start_engine(self.engines[-1].engine_id))
@@ -163,6 +187,21 @@ class World:
             except UnavailableError:
                 assert engine.wanted is Wanted.REMOVED
 
+    def replace(self) -> None:
+        """New engines in the place of all; other replacements may be under way."""
+        self.replacements.append(asyncio.ensure_future(self._replace()))
+
+    async def _replace(self) -> None:
+        def make(old: ManagedEngine, engine_id: str) -> SimEngine:
+            return self._make(old.given.model_copy(update={"engine_id": engine_id}))
+
+        olds = [engine for engine in self.engines if engine.wanted is not Wanted.REMOVED]
+        try:
+            await replace_model(self.manager._pool.supervisor, "sim", make)
+        except SageLLMError:  # a new one did not start, or an operator wanted something else of it
+            return
+        assert all(old.wanted is Wanted.REMOVED for old in olds)
+
     @property
     def engines(self) -> list[ManagedEngine]:
         return self.manager._pool.engines
@@ -172,6 +211,28 @@ class World:
 
     # ---- what has to hold -----------------------------------------------------------------------------
 
+    has_faults = True  # engines die, or operators take them out: there may be moments without a ready one
+
+    def _watch(self, scaling: AutoscalerConfig | None) -> None:
+        """Look at the engines whenever something is told of one."""
+        publish, was_ready = self.manager.events.publish, False
+
+        def look(*event: Any, **details: Any) -> None:
+            nonlocal was_ready
+            publish(*event, **details)
+            engines = self.engines
+            is_ready = any(engine.takes_requests for engine in engines)
+            if was_ready and not is_ready and not self.has_faults:
+                self.faults_seen.append(f"no engine is ready: {event}")
+            was_ready = was_ready or is_ready
+            num_replicas = sum(engine.wanted is Wanted.READY and not engine.is_given_up for engine in engines)
+            num_surplus = sum(not task.done() for task in self.replacements)  # each has one more for a while
+            most = 0 if scaling is None else max(scaling.max_replicas, self._num_engines)
+            if scaling is not None and num_replicas > most + num_surplus:
+                self.faults_seen.append(f"{num_replicas} replicas, {most} are allowed: {event}")
+
+        self.manager.events.publish = look  # type: ignore[method-assign]
+
     async def settle(self) -> None:
         """No more faults: everything that was begun comes to its end."""
         for engine in self.engines:
@@ -180,9 +241,12 @@ class World:
             if engine.wanted not in (Wanted.REMOVED, Wanted.READY):
                 self._note(self.manager.start_engine(engine.engine_id))
         tasks = [call.task for call in self.calls if call.task is not None]
-        _, pending = await asyncio.wait([*tasks, *self.operations], timeout=_SETTLED_S)
-        assert not pending, f"still under way: {pending}"
-        await asyncio.gather(*self.operations, return_exceptions=True)  # a wish may be overtaken by the next
+        if began := [*tasks, *self.operations, *self.replacements]:
+            _, pending = await asyncio.wait(began, timeout=_SETTLED_S)
+            assert not pending, f"still under way: {pending}"
+        for error in await asyncio.gather(*self.operations, return_exceptions=True):
+            assert not isinstance(error, Exception) or isinstance(error, SageLLMError)  # overtaken by the next wish
+        await asyncio.gather(*self.replacements)
         for call in self.calls:
             assert call.task is not None
             if not call.task.cancelled():
@@ -190,6 +254,7 @@ class World:
 
     def check(self) -> None:
         """After `settle`: nobody was forgotten, nobody got a wrong answer, and nothing is left behind."""
+        assert not self.faults_seen, self.faults_seen[:3]
         for call in self.calls:
             self._check_call(call)
         self._check_books()
@@ -206,8 +271,9 @@ class World:
         elif outcome is FinishReason.ABORT:
             assert any(isinstance(op, asyncio.Future) for op in self.operations), f"nobody aborted it: {name}"
         elif outcome is ErrorCode.INTERNAL:
-            silent = [stay for stay in trace.stays if stay.left_because and not stay.num_output_tokens]
-            assert len(silent) >= 2, f"condemned without cause: {name}"
+            lost = [stay for stay in trace.stays if stay.left_because]
+            is_condemned = len(lost) >= 2 and not lost[-1].num_output_tokens
+            assert is_condemned, f"condemned without cause: {name}"
         elif outcome is ErrorCode.DEADLINE_EXCEEDED:
             assert call.request.slo is not None, name
         else:
@@ -275,7 +341,7 @@ class World:
         return [engine.state for engine in self.engines]
 
 
-def make_request(number: int, **fields: Any) -> Request:
+def make_request(number: int | str, **fields: Any) -> Request:
     """A request with an id that tells which it was."""
     deadline_s, seed, n = fields.pop("deadline_s", None), fields.pop("seed", None), fields.pop("n", 1)
     slo = None if deadline_s is None else SLO(deadline_ms=1e3 * deadline_s)

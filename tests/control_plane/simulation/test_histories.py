@@ -1,7 +1,8 @@
 """Random histories of the whole control plane on virtual time: requests, cancellations, deaths, hangs, operators.
 
-Whatever happens: no request is lost or answered twice, every answer is the right one to the token, and all books are at
-zero in the end. `SAGELLM_SIMULATION_EXAMPLES=20000` runs so many histories instead of those of every day.
+Engines are replaced and autoscaled meanwhile. Whatever happens: no request is lost or answered twice, every answer is
+the right one to the token, and all books are at zero in the end. `SAGELLM_SIMULATION_EXAMPLES=20000` runs so many
+histories instead of those of every day.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import virtual_loop
+from sagellm_control_plane.autoscaler_config import AutoscalerConfig
+from sagellm_control_plane.events import EventKind
 from sagellm_control_plane.policies import POLICIES
 from sagellm_control_plane.routing import ROUTERS
+from sagellm_control_plane.types import EngineState
+from sagellm_protocol import ErrorCode, FinishReason
 from sim_world import QUOTAS, World, make_request
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -51,6 +56,8 @@ _NUMBERS = st.integers(0, 7)
 _FAULTS = st.tuples(st.sampled_from(["die", "die unseen", "hang", "go on"]), _NUMBERS)
 _OPERATIONS = st.tuples(st.sampled_from(["add", "start", "hold", "remove"]), _NUMBERS)
 _CANCELS = st.tuples(st.just("cancel"), _NUMBERS)
+_REPLACEMENTS = st.tuples(st.just("replace"), st.none())
+_BURSTS = st.tuples(st.just("burst"), st.integers(5, 40))
 _PAUSES = st.sampled_from([0.0, 0.0, 0.01, 0.03, 0.2, 1.0, 5.0])
 
 
@@ -67,6 +74,10 @@ _WORLDS = st.fixed_dictionaries(
     }
 )
 
+_SCALING = AutoscalerConfig(
+    max_replicas=4, ttft_ms=100, tpot_ms=30, interval_s=1, lead_s=2, down_after_s=4, cool_down_s=3
+)
+
 
 @pytest.fixture(scope="module")
 def quiet() -> Iterator[None]:
@@ -76,14 +87,21 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-async def _live(world: World, history: list[tuple[tuple[str, Any], float]]) -> None:
+async def _live(world: World, history: list[tuple[tuple[str, Any], float]], *, is_started: bool = False) -> None:
+    if is_started:
+        await world.manager.start()
     for number, ((what, how), pause) in enumerate(history):
         if what == "submit":
             fields = dict(how)
             is_stream = fields.pop("is_stream")
             world.submit(make_request(number, **fields), is_stream=is_stream)
+        elif what == "burst":
+            for part in range(how):
+                world.submit(make_request(f"{number}-{part}", prompt=f"burst {part}", max_tokens=60))
         elif what == "cancel":
             world.cancel(how)
+        elif what == "replace":
+            world.replace()
         elif what in ("add", "start", "hold", "stop", "remove"):
             world.operate(what, how)
         else:
@@ -94,10 +112,10 @@ async def _live(world: World, history: list[tuple[tuple[str, Any], float]]) -> N
     await world.manager.stop()
 
 
-def _run(setup: dict[str, Any], history: list[Any], **options: Any) -> World:
+def _run(setup: dict[str, Any], history: list[Any], *, is_started: bool = False, **options: Any) -> World:
     async def main() -> World:
         world = World(**setup, **options)
-        await _live(world, history)
+        await _live(world, history, is_started=is_started)
         return world
 
     return virtual_loop.run(main)
@@ -136,6 +154,68 @@ def test_a_small_queue_refuses_and_loses_nothing(setup: dict[str, Any], history:
 )
 def test_operators_who_stop_engines_end_requests_with_abort(setup: dict[str, Any], history: list[Any]) -> None:
     _run(setup, history)
+
+
+@settings(max_examples=_NUM_EXAMPLES // 2)
+@given(
+    setup=_WORLDS,
+    history=_histories(_requests(_INNOCENT), _requests(_INNOCENT), _CANCELS, _FAULTS, _OPERATIONS, _REPLACEMENTS),
+)
+def test_replacements_among_everything_else(setup: dict[str, Any], history: list[Any]) -> None:
+    _run(setup, history, is_flaky=True)
+
+
+@settings(max_examples=_NUM_EXAMPLES // 4)
+@given(setup=_WORLDS, history=_histories(_requests(_INNOCENT), _requests(_INNOCENT), _CANCELS, _REPLACEMENTS))
+def test_replacements_leave_no_moment_without_a_ready_engine(setup: dict[str, Any], history: list[Any]) -> None:
+    async def main() -> None:
+        world = World(**setup, is_flaky=True)
+        world.has_faults = False
+        await _live(world, history, is_started=True)
+        assert {call.outcome for call in world.calls if not call.was_cancelled} <= {
+            *FinishReason,
+            ErrorCode.DEADLINE_EXCEEDED,
+            ErrorCode.RESOURCE_EXHAUSTED,
+        }
+        assert not any(call.outcome is FinishReason.ABORT for call in world.calls)
+
+    virtual_loop.run(main)
+
+
+@settings(max_examples=_NUM_EXAMPLES // 4)
+@given(
+    setup=_WORLDS,
+    history=_histories(_BURSTS, _BURSTS, _requests(_INNOCENT), _CANCELS, _FAULTS, _REPLACEMENTS),
+)
+def test_the_autoscaler_among_faults_and_replacements(setup: dict[str, Any], history: list[Any]) -> None:
+    async def main() -> None:
+        world = World(**setup, is_flaky=True, autoscaling={"sim": _SCALING})
+        await _live(world, history, is_started=True)
+
+    virtual_loop.run(main)
+
+
+def test_replicas_come_with_the_load_and_go_with_it() -> None:
+    async def main() -> None:
+        scaling = _SCALING.model_copy(update={"ttft_ms": 500, "tpot_ms": 150})
+        world = World(policy="adaptive", router="adaptive", num_engines=1, seed=1, autoscaling={"sim": scaling})
+        world.has_faults = False
+        await world.manager.start()
+        for number in range(600):
+            world.submit(make_request(number, prompt=f"{number} {'x' * 200}", max_tokens=20))
+            await asyncio.sleep(0.05)
+        most = world.states().count(EngineState.READY)
+        assert 2 <= most <= _SCALING.max_replicas
+        await world.settle()
+        world.check()
+        assert all(isinstance(call.outcome, FinishReason) for call in world.calls)
+        await asyncio.sleep(120)
+        assert world.states() == [EngineState.READY]
+        kinds = [event.message for event in world.manager.events.recent() if event.kind is EventKind.SCALE]
+        assert len(kinds) >= most, kinds
+        await world.manager.stop()
+
+    virtual_loop.run(main)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
