@@ -8,7 +8,7 @@ from the path.
 
 The first table is throughput, by three kinds of calls: a chat request of a few words and one of 4,000 words, both
 answered whole, and a streamed answer of 128 tokens. Its last rows are the same calls without HTTP, from inside the
-process, one at a time.
+process, one at a time; of three engines, too, where each prompt is split into tokens and routed by what is cached.
 
 The second table is latency, of 8 streams whose engine makes a token for each every 20 ms, as a batch does: how long
 from sending a request to its first token, and from the moment a token was made until the caller has it; over HTTP and
@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from sagellm_protocol import (
     StreamEventDelta,
     StreamEventEnd,
     StreamEventStart,
+    TokenizeRequest,
     Usage,
 )
 
@@ -88,6 +90,13 @@ CALLS = (
 PACED = Call("paced", 20, stream=True, output_len=TOKENS_A_STREAM, model="paced")
 
 
+@cache
+def _answer(num_tokens: int) -> Response:
+    text, finish_reason = WORD * num_tokens, FinishReason.LENGTH
+    output = CompletionOutput(text=text, token_ids=list(range(num_tokens)), finish_reason=finish_reason)
+    return Response.of([output], request_id="", usage=Usage(prompt_tokens=20, completion_tokens=num_tokens))
+
+
 class InstantEngine:
     """Answers every request with `max_tokens` words at once; what the control plane asks of an engine."""
 
@@ -113,16 +122,19 @@ class InstantEngine:
             await asyncio.sleep(0)  # as an engine does: one wake-up a token
         yield StreamEventEnd.of(self._response(request))
 
+    async def tokenize(self, request: TokenizeRequest, /) -> list[int]:
+        text = request.prompt or "".join(str(message.content) for message in request.messages or ())
+        return [len(word) for word in text.split()]
+
     async def describe_model(self) -> ModelDescription:
         return ModelDescription(
             model=self.engine_id, vocab_size=1000, hidden_size=8, max_model_len=self.config.max_model_len
         )
 
     def _response(self, request: Request) -> Response:
-        count = request.resolved_sampling().max_tokens
-        output = CompletionOutput(text=WORD * count, token_ids=list(range(count)), finish_reason=FinishReason.LENGTH)
-        usage = Usage(prompt_tokens=20, completion_tokens=count)
-        return Response.of([output], request_id=request.request_id, engine_id=self.engine_id, usage=usage)
+        # What all answers of a length have in common is made once: the engine's time is not the gateway's.
+        ready = _answer(request.max_tokens or request.resolved_sampling().max_tokens)
+        return ready.model_copy(update={"request_id": request.request_id, "engine_id": self.engine_id})
 
     def abort(self, request_id: str) -> None:
         pass
@@ -164,10 +176,11 @@ class PacedEngine(InstantEngine):
         step.set_result(time.monotonic_ns())
 
 
-def make_manager() -> ControlPlaneManager:
-    """A control plane with both engines."""
-    manager = ControlPlaneManager()
-    manager.register_engine(InstantEngine(), model="instant")
+def make_manager(*, num_instant: int = 1, policy: str | None = None) -> ControlPlaneManager:
+    """A control plane with engines of both kinds."""
+    manager = ControlPlaneManager(scheduling_policy=policy)
+    for number in range(num_instant):
+        manager.register_engine(InstantEngine(), engine_id=f"instant-{number}", model="instant")
     manager.register_engine(PacedEngine(), model="paced")
     return manager
 
@@ -210,14 +223,19 @@ def measure(url: str, call: Call, connections: int, seconds: int, folder: Path) 
     return result
 
 
-async def measure_in_process(call: Call, seconds: float) -> dict[str, Any]:
-    """The same request through the control plane alone, one at a time."""
+async def measure_in_process(call: Call, seconds: float, *, num_engines: int = 1) -> dict[str, Any]:
+    """The same request through the control plane alone, one at a time.
+
+    With several engines prompts are split into tokens and hashed to find who has them cached, and both the scheduling
+    and the routing policy are `adaptive`.
+    """
     from sagellm_protocol import parse
     from sagellm_protocol.openai import ChatCompletionRequest
 
     request = parse(ChatCompletionRequest, call.body(), what="body").to_request()
     times = []
-    async with make_manager() as manager:
+    manager = make_manager(num_instant=num_engines, policy="adaptive" if num_engines > 1 else None)
+    async with manager:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             started_at = time.perf_counter()
@@ -230,7 +248,8 @@ async def measure_in_process(call: Call, seconds: float) -> dict[str, Any]:
     times.sort()
     p50, p90, p99 = (1e3 * times[int(len(times) * share)] for share in (0.5, 0.9, 0.99))
     rate = len(times) / sum(times)
-    result = {"call": f"{call.title}, in process", "connections": 1, "requests_per_second": rate, "failed": 0}
+    where = "in process" if num_engines == 1 else f"in process, {num_engines} engines"
+    result = {"call": f"{call.title}, {where}", "connections": 1, "requests_per_second": rate, "failed": 0}
     result |= {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99}
     if call.stream:
         result["tokens_per_second"] = rate * call.output_len
@@ -357,8 +376,8 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait()
-    for call in (CALLS[0], CALLS[2]):
-        results.append(asyncio.run(measure_in_process(call, arguments.seconds / 2)))
+    for call, num_engines in ((CALLS[0], 1), (CALLS[0], 3), (CALLS[2], 1)):
+        results.append(asyncio.run(measure_in_process(call, arguments.seconds / 2, num_engines=num_engines)))
     show(results, latencies)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"throughput": results, "latency": latencies}, indent=2), encoding="utf-8")

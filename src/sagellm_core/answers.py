@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from operator import attrgetter
 
 from sagellm_core.completion_render import CompletionWriter, completion_body
 from sagellm_core.http import DONE
@@ -36,6 +37,8 @@ _NOT_BUILT = {
     "phase": "prefill-decode hand-over is not supported",
     "kv_transfer": "KV transfer is not supported",
 }
+_unbuilt_of = attrgetter(*_NOT_BUILT)
+_NOTHING_UNBUILT = (None,) * len(_NOT_BUILT)
 
 
 class Answers:
@@ -120,8 +123,11 @@ def _given_up(request: Request, start: StreamEventStart | None = None, num_outpu
 
 
 def _refuse_unbuilt(request: Request) -> None:
-    for field, problem in _NOT_BUILT.items():
-        if getattr(request, field) is not None:
+    asked = _unbuilt_of(request)
+    if asked == _NOTHING_UNBUILT:
+        return
+    for (field, problem), value in zip(_NOT_BUILT.items(), asked, strict=True):
+        if value is not None:
             raise UnsupportedError(f"{problem}; leave {field} out", field=field)
 
 

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from sagellm_core.engine_core.report import EngineStats
 from sagellm_protocol import Metrics, Request, Response, StreamEventEnd
+from sagellm_protocol.metrics import Timestamps
 
 _LABELS = ("model_name", "engine")
 
@@ -98,6 +99,8 @@ class Histogram:
 
     def observe_all(self, values: Sequence[float], unit: float) -> None:
         """Count values that are given in `unit`s."""
+        if not values:
+            return
         counts, bounds = self._counts, self._bounds
         for value in values:
             counts[bisect_left(bounds, value * unit)] += 1
@@ -144,20 +147,21 @@ class EngineCollector(Collector):
         if figures is None:
             model_name = self._model_of(answer.engine_id) or request.model
             figures = self._figures[key] = _Figures((model_name, answer.engine_id))
-        figures.num_ended[answer.finish_reason.value] += 1
-        of, usage = figures.of, answer.usage
+        figures.num_ended[answer.finish_reason] += 1
+        of, usage, outputs = figures.of, answer.usage, answer.outputs
+        num_output_tokens = usage.completion_tokens
         of["prompt"].observe(usage.prompt_tokens)
-        of["output"].observe(usage.completion_tokens)
-        outputs = answer.outputs
+        of["output"].observe(num_output_tokens)
         of["n"].observe(len(outputs) or 1)
         of["longest"].observe(
-            usage.completion_tokens if len(outputs) < 2 else max(len(output.token_ids) for output in outputs)
+            num_output_tokens if len(outputs) < 2 else max(len(output.token_ids) for output in outputs)
         )
-        if request.max_tokens is not None:
-            of["max_tokens"].observe(request.max_tokens)
-        elif request.sampling_params is not None and "max_tokens" in request.sampling_params.model_fields_set:
-            of["max_tokens"].observe(request.sampling_params.max_tokens)
-        _observe_times(of, answer.metrics, usage.completion_tokens, waited_s)
+        limit, sampling = request.max_tokens, request.sampling_params
+        if limit is None and sampling is not None and "max_tokens" in sampling.model_fields_set:
+            limit = sampling.max_tokens
+        if limit is not None:
+            of["max_tokens"].observe(limit)
+        _observe_times(of, answer.metrics, num_output_tokens, waited_s)
 
     def collect(self) -> Iterator[Metric]:
         """The metric families, for a registry."""
@@ -213,18 +217,23 @@ class EngineCollector(Collector):
 
 
 def _observe_times(of: dict[str, Histogram], metrics: Metrics, num_output_tokens: int, waited_s: float) -> None:
+    figures = metrics.__dict__  # several times as fast as its attributes, and every request comes by
     if num_output_tokens:
-        of["ttft"].observe(metrics.ttft_ms / 1e3 + waited_s)
+        of["ttft"].observe(figures["ttft_ms"] / 1e3 + waited_s)
     if num_output_tokens > 1:
-        of["tpot"].observe(metrics.tpot_ms / 1e3)
-        of["gap"].observe_all(metrics.itl_list, 1e-3)
-    times = metrics.timestamps
-    if times is None or times.queued_at is None or times.completed_at is None:
+        of["tpot"].observe(figures["tpot_ms"] / 1e3)
+        of["gap"].observe_all(figures["itl_list"], 1e-3)
+    times: Timestamps | None = figures["timestamps"]
+    if times is None:
         return
-    of["e2e"].observe(times.completed_at - times.queued_at + waited_s)
-    if times.scheduled_at is None:
+    queued_at, scheduled_at, completed_at = times.queued_at, times.scheduled_at, times.completed_at
+    if queued_at is None or completed_at is None:
         return
-    of["queue"].observe(times.scheduled_at - times.queued_at + waited_s)
-    of["prefill"].observe(metrics.prefill_ms / 1e3)
-    of["decode"].observe(metrics.decode_ms / 1e3)
-    of["inference"].observe((metrics.prefill_ms + metrics.decode_ms) / 1e3)
+    of["e2e"].observe(completed_at - queued_at + waited_s)
+    if scheduled_at is None:
+        return
+    prefill_s, decode_s = figures["prefill_ms"] / 1e3, figures["decode_ms"] / 1e3
+    of["queue"].observe(scheduled_at - queued_at + waited_s)
+    of["prefill"].observe(prefill_s)
+    of["decode"].observe(decode_s)
+    of["inference"].observe(prefill_s + decode_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -89,24 +90,22 @@ async def read_json_object(http: HttpRequest) -> dict[str, Any]:
 
 
 async def _read_body(http: HttpRequest, limits: BodyLimits) -> bytes:
-    announced = b"0"
-    for name, value in http.scope["headers"]:
-        if name == b"content-length":
-            announced = value
+    announced = dict(http.scope["headers"]).get(b"content-length", b"0")
     if announced.isdigit() and (len(announced) > 18 or int(announced) > limits.max_bytes):
         raise _body_too_large(limits)
     parts: list[bytes] = []
-    size, has_more = 0, True
-    while has_more:
+    size = 0
+    while True:
         message = await http.receive()
         if message["type"] == "http.disconnect":
             raise RequestCancelledError("the connection was closed before the request was complete")
-        size += len(message.get("body", b""))
+        part = message.get("body", b"")
+        size += len(part)
         if size > limits.max_bytes:
             raise _body_too_large(limits)
-        parts.append(message.get("body", b""))
-        has_more = message.get("more_body", False)
-    return b"".join(parts)
+        if not message.get("more_body", False):
+            return b"".join((*parts, part)) if parts else part
+        parts.append(part)
 
 
 def _body_too_large(limits: BodyLimits) -> BodyTooLargeError:
@@ -118,7 +117,7 @@ async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, _T]) -> _
 
     To be called when the body has been read.
     """
-    watch = _Watch(http.receive)
+    watch = _watches().add(http.receive)
     try:
         return await work
     except asyncio.CancelledError:
@@ -130,30 +129,78 @@ async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, _T]) -> _
 
 
 class _Watch:
-    """Cancels the task that makes it when the client goes away."""
+    """Cancels a task when its client goes away, once it has been started."""
 
-    def __init__(self, receive: Receive) -> None:
-        task = asyncio.current_task()
-        assert task is not None, "requests are served in tasks"
+    def __init__(self, watches: _Watches, task: asyncio.Task[Any], receive: Receive) -> None:
         self.has_left = False
+        self._watches = watches
         self._receive = receive
         self._task = task
         self._watching: asyncio.Task[None] | None = None
-        # An answer that is there at once needs no watch, which costs more than many an answer.
-        self._timer = task.get_loop().call_later(_PATIENCE_S, self._start)
+
+    def start(self) -> None:
+        self._watching = asyncio.ensure_future(self._run())
 
     async def end(self) -> None:
-        self._timer.cancel()
-        if self._watching is not None:
+        if self._watching is None:
+            self._watches.drop(self)
+        else:
             await _cancelled(self._watching)
-
-    def _start(self) -> None:
-        self._watching = asyncio.ensure_future(self._run())
 
     async def _run(self) -> None:
         await _disconnected(self._receive)
         self.has_left = True
         self._task.cancel()
+
+
+class _Watches:
+    """The watches of an event loop that haven't started.
+
+    An answer that is there at once needs none: a watch costs more than many an answer. So they start when they have
+    waited one to two times `_PATIENCE_S`, by one timer for all of them.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._new: set[_Watch] = set()
+        self._old: set[_Watch] = set()
+        self._is_ticking = False
+
+    def add(self, receive: Receive) -> _Watch:
+        """The watch of the running task."""
+        task = asyncio.current_task(self.loop)
+        assert task is not None, "requests are served in tasks"
+        watch = _Watch(self, task, receive)
+        self._new.add(watch)
+        if not self._is_ticking:
+            self._is_ticking = True
+            self.loop.call_later(_PATIENCE_S, self._tick)
+        return watch
+
+    def drop(self, watch: _Watch) -> None:
+        """Forget a watch that isn't needed any more."""
+        self._new.discard(watch)
+        self._old.discard(watch)
+
+    def _tick(self) -> None:
+        for watch in self._old:
+            watch.start()
+        self._new, self._old = set(), self._new
+        self._is_ticking = bool(self._old)
+        if self._is_ticking:
+            self.loop.call_later(_PATIENCE_S, self._tick)
+
+
+_here = threading.local()
+
+
+def _watches() -> _Watches:
+    """Those of the running loop."""
+    watches: _Watches | None = getattr(_here, "watches", None)
+    # Of a thread's loops one runs. To ask for it is a system call, to ask it is not.
+    if watches is None or not watches.loop.is_running():
+        watches = _here.watches = _Watches(asyncio.get_running_loop())
+    return watches
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -168,6 +215,22 @@ async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
 
 
 # ---- answers ------------------------------------------------------------------------------------------
+
+
+class JsonText(HttpResponse):
+    """A JSON text as it is, with status 200."""
+
+    def __init__(self, text: bytes) -> None:
+        # What its base does for answers of every kind.
+        self.status_code = 200
+        self.background = None
+        self.body = text
+        self.raw_headers = [(b"content-length", b"%d" % len(text)), (b"content-type", b"application/json")]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; the ASGI interface."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body})
 
 
 class EventStream(HttpResponse):
@@ -258,7 +321,8 @@ def install_error_handlers(app: FastAPI, body_of: ErrorForm = openai_error_body)
     async def on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
         assert isinstance(error, HTTPException)
         code = _CODE_OF_STATUS.get(error.status_code, ErrorCode.INTERNAL)
-        failure = SageLLMError(f"{http.method} {http.url.path}: {error.detail}", code=code)
+        detail = "there is no such path; check it" if error.status_code == 404 else error.detail
+        failure = SageLLMError(f"{http.method} {http.url.path}: {detail}", code=code)
         answer = error_answer(failure, error.status_code, body=body_of(http.url.path, failure))
         answer.headers.update(error.headers or {})  # such as Allow, beside 405
         return answer

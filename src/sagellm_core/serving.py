@@ -62,7 +62,7 @@ def run_server(
         app: starts what it serves in its lifespan and stops it at the end.
         host, port: where to listen; port 0 takes a free one.
         start: starts what `app` serves, ahead of it, so that its errors reach the caller as they are.
-        announce: called with the URL when requests are taken.
+        announce: called with the URL when requests are taken and a signal ends them in order.
         options: how clients are treated.
         on_drain: called when the signal has come, before anything is closed.
     """
@@ -96,13 +96,13 @@ async def _serve(
     options: ServerOptions,
     on_drain: Callable[[], None] | None,
 ) -> None:
-    server = _Server(_config(app, options), options, on_drain)
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if options.tls_cert is None else "https"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    server = _Server(_config(app, options), options, on_ready=lambda: announce(url), on_drain=on_drain)
     await start()
     _settle_collector()
     listener.listen(_BACKLOG)
-    host, port = listener.getsockname()[:2]
-    scheme = "http" if options.tls_cert is None else "https"
-    announce(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     await server.serve(sockets=[listener])
     if not server.started:
         raise UnavailableError("the server could not start; its log says why")
@@ -166,13 +166,30 @@ def _bind(host: str, port: int, options: ServerOptions) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which tells of the first signal and heeds every second one."""
+    """uvicorn's server, which tells when it is ready and of the first signal, and heeds every second one."""
 
-    def __init__(self, config: uvicorn.Config, options: ServerOptions, on_drain: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        options: ServerOptions,
+        *,
+        on_ready: Callable[[], None],
+        on_drain: Callable[[], None] | None,
+    ) -> None:
         super().__init__(config)
         self._drain_delay_s = options.drain_delay_s
+        self._on_ready = on_ready
         self._on_drain = on_drain
-        self._signalled = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so: signals are this server's from here on."""
+        await super().startup(sockets)
+        try:
+            if not self.should_exit:
+                self._on_ready()
+        except BaseException:
+            await super().shutdown(sockets)  # the application has started
+            raise
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first begins the end, any other cuts it short."""

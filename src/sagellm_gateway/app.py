@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ class Gateway(FastAPI):
     """The application; starts the manager's engines with the server and stops them at the end.
 
     `default_model` answers requests that name no model or the model `default`; without it any engine does.
+    `keeps_engines`: the end leaves child processes to the next manager with the same state.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Gateway(FastAPI):
         *,
         default_model: str | None = None,
         settings: GatewaySettings | None = None,
+        keeps_engines: bool = False,
     ) -> None:
         super().__init__(
             title="sageLLM gateway", version=__version__, lifespan=_lifespan, docs_url=None, redoc_url=None
         )
         self.manager = manager
+        self.keeps_engines = keeps_engines
         self.settings = settings or GatewaySettings()
         self.default_model = default_model or "default"
         self.created = int(time.time())
@@ -149,7 +152,14 @@ class Gateway(FastAPI):
                 return
             response = _wrong_method(scope, allowed)
         else:
-            response = await _answer(endpoint, HttpRequest(scope, receive, send))
+            http = HttpRequest(scope, receive, send)
+            try:
+                response = await endpoint(http)
+            except SageLLMError as error:
+                response = error_answer_for(scope["path"], error)
+            except Exception:
+                logger.exception("%s %s failed", http.method, http.url.path)
+                response = error_answer_for(scope["path"], unexpected_error())
         await response(scope, receive, send)
 
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -183,20 +193,12 @@ def _wrong_method(scope: Scope, allowed: Sequence[str]) -> HttpResponse:
     return response
 
 
-async def _answer(endpoint: Endpoint, http: HttpRequest) -> HttpResponse:
-    try:
-        return await endpoint(http)
-    except SageLLMError as error:
-        return error_answer_for(http.url.path, error)
-    except Exception:
-        logger.exception("%s %s failed", http.method, http.url.path)
-        return error_answer_for(http.url.path, unexpected_error())
-
-
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     assert isinstance(app, Gateway)
-    async with app.manager:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(app.manager.stop, leave_children=app.keeps_engines)
+        await app.manager.start()
         app.background(app.live_stats.run())
         app.background(app.sessions.run())
         try:

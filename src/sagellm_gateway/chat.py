@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from sagellm_gateway.chat_plan import ChatPlanner
 from sagellm_gateway.choice_reader import ChoiceReader
 from sagellm_gateway.context import Caller
-from sagellm_gateway.pieces import Answer, AnswerEnd, AnswerStart, Piece, collect
+from sagellm_gateway.pieces import Answer, AnswerEnd, AnswerStart, Piece
 from sagellm_gateway.sessions.turns import answer_in_session, stream_in_session
 from sagellm_protocol import StreamEventDelta, StreamEventEnd
 from sagellm_protocol.openai import ChatCompletionRequest
 
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
+
+_index_of = attrgetter("index")
 
 
 class ChatService:
@@ -33,14 +36,11 @@ class ChatService:
         """The whole answer; the error of a request that failed is raised."""
         if call.session_id is not None:
             return await answer_in_session(self._gateway, call, caller, self.answer)
-        plan = await self._planner.plan(call)
+        plan = await self._planner.plan(call, caller)
         response = (await self._gateway.answers.execute(plan.request)).raise_for_error()
-        pieces: list[Piece] = []
-        for output in response.outputs:
-            reader = plan.reader(output.index)
-            pieces += reader.feed(output.text, output.logprobs)
-            pieces += reader.end(output)
-        return collect([*pieces, AnswerEnd(response.usage, response.metrics)])
+        outputs = sorted(response.outputs, key=_index_of)
+        choices = [plan.read(output) for output in outputs]
+        return Answer(choices, response.usage, response.metrics)
 
     async def stream(self, call: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[Piece, None]:
         """The pieces of the answer as they are made; an error is raised where it happens."""
@@ -49,7 +49,7 @@ class ChatService:
                 async for piece in turn:
                     yield piece
             return
-        plan = await self._planner.plan(call)
+        plan = await self._planner.plan(call, caller)
         readers: dict[int, ChoiceReader] = {}
         async with aclosing(self._gateway.answers.stream(plan.request)) as events:
             async for event in events:

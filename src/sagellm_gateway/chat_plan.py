@@ -14,7 +14,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sagellm_gateway import reasoning, tool_formats
-from sagellm_gateway.choice_reader import ChoiceReader
+from sagellm_gateway.choice_reader import ChoiceReader, plain_choice
+from sagellm_gateway.context import Caller
+from sagellm_gateway.pieces import AnswerChoice
 from sagellm_gateway.reasoning import ReasoningFormat
 from sagellm_gateway.tool_formats import ToolFormat
 from sagellm_protocol import (
@@ -27,10 +29,14 @@ from sagellm_protocol import (
     UnsupportedError,
 )
 from sagellm_protocol.openai import ChatCompletionRequest, NamedToolChoice
+from sagellm_protocol.openai.common import FORM_FIELDS
+from sagellm_protocol.response import CompletionOutput
 
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
 
+# What makes a request's form and its template's variables; a call without them is carried out as it is.
+_PLANNED_FIELDS = FORM_FIELDS | {"tools", "tool_choice", "reasoning_effort", "chat_template_kwargs"}
 _NO_THOUGHT = ("none", "minimal")
 _SWITCH = "enable_thinking"  # the variable of Qwen3's, SmolLM3's and others' templates
 _EFFORT = "reasoning_effort"
@@ -71,6 +77,12 @@ class ChatPlan:
     one_call: bool = False
     is_named: bool = False
 
+    def read(self, output: CompletionOutput) -> AnswerChoice:
+        """One whole choice, out of its text."""
+        if not self.tools and self.formats.reasoning is None:
+            return plain_choice(output)
+        return self.reader(output.index).read(output)
+
     def reader(self, index: int) -> ChoiceReader:
         """A reader for the text of one choice."""
         thoughts = self.formats.reasoning
@@ -90,12 +102,17 @@ class ChatPlanner:
         self._gateway = gateway
         self._known: dict[str, _Probes] = {}  # of each model that was asked for, by its name
 
-    async def plan(self, call: ChatCompletionRequest) -> ChatPlan:
-        """Raises `InvalidArgumentError` or `UnsupportedError` for what cannot be done, naming the field."""
+    async def plan(self, call: ChatCompletionRequest, caller: Caller) -> ChatPlan:
+        """How to carry out a call, in its caller's name.
+
+        Raises `InvalidArgumentError` or `UnsupportedError` for what cannot be done, naming the field.
+        """
         model = await self._gateway.manager.describe_model(call.model)
         formats = formats_of(model.chat_template)
+        request = call.to_request(**caller.request_fields())
+        if formats.reasoning is None and call.model_fields_set.isdisjoint(_PLANNED_FIELDS):
+            return ChatPlan(request, formats, ())
         tools = _tools_of(call)
-        request = call.to_request()
         changes: dict[str, Any] = {}
         has_form = bool(tools) or request.structured_output is not None
         token_ids = await self._token_ids_of_marks(model, formats) if has_form else {}

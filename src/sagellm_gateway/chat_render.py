@@ -25,20 +25,22 @@ from sagellm_protocol import TokenLogprob, Usage
 from sagellm_protocol.ids import random_hex
 
 _FINGERPRINT = f"sagellm-{__version__}"
+# id, created, model, choices, usage
+_BODY = (
+    b'{"id":"%b","object":"chat.completion","created":%d,"model":%b,"choices":%b,"usage":%b,'
+    b'"system_fingerprint":' + encode(_FINGERPRINT) + b"}"
+)
+_USAGE = b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}'
 
 
 def answer_body(model: str, answer: Answer) -> bytes:
     """The body of a whole answer."""
-    return encode(
-        {
-            "id": _new_id(),
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": model,
-            "choices": [_choice(index, choice) for index, choice in enumerate(answer.choices)],
-            "usage": _usage(answer.usage),
-            "system_fingerprint": _FINGERPRINT,
-        }
+    return _BODY % (
+        _new_id().encode(),
+        time.time(),
+        encode(model),
+        encode([_choice(index, choice) for index, choice in enumerate(answer.choices)]),
+        _usage(answer.usage),
     )
 
 
@@ -95,7 +97,7 @@ class ChunkWriter(PieceWriter):
         """The chunk with the figures, where it is asked for."""
         if not self._include_usage:
             return b""
-        return self._head + b'],"usage":' + encode(_usage(piece.usage)) + b"}"
+        return self._head + b'],"usage":' + _usage(piece.usage) + b"}"
 
     def _chunk(
         self,
@@ -141,13 +143,9 @@ def _call_delta(piece: ToolCallPiece) -> dict[str, Any]:
     return {"index": piece.call, "id": piece.id, "type": "function", "function": function}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
+def _usage(usage: Usage) -> bytes:
+    num_prompt, num_output = usage.prompt_tokens, usage.completion_tokens
+    return _USAGE % (num_prompt, num_output, num_prompt + num_output, usage.cached_tokens)
 
 
 def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
-from sagellm_gateway.pieces import ChoiceEnd, Piece, ReasoningPiece, TextPiece, ToolCallPiece
+from sagellm_gateway.pieces import AnswerChoice, ChoiceEnd, Piece, ReasoningPiece, TextPiece, ToolCallPiece
 from sagellm_gateway.reasoning import ReasoningParser
 from sagellm_gateway.tool_formats import ToolParser
 from sagellm_protocol import FinishReason, TokenLogprob
@@ -19,6 +19,16 @@ _FINISH_REASONS: dict[FinishReason, ChatFinishReason] = {
     FinishReason.ERROR: "error",
     FinishReason.ABORT: "abort",
 }
+
+
+def plain_choice(output: CompletionOutput) -> AnswerChoice:
+    """The choice of a text that holds neither thoughts nor calls."""
+    return AnswerChoice(
+        output.text,
+        finish_reason=_FINISH_REASONS[output.finish_reason],
+        stop_reason=output.stop_reason,
+        logprobs=output.logprobs,
+    )
 
 
 class ChoiceReader:
@@ -51,6 +61,13 @@ class ChoiceReader:
         if self._reasoning is not None:
             pieces = self._reasoning.feed(text)
         return self._finished(pieces, logprobs)
+
+    def read(self, output: CompletionOutput) -> AnswerChoice:
+        """The choice of a whole output, in place of `feed` and `end`."""
+        choice = AnswerChoice()
+        for piece in (*self.feed(output.text, output.logprobs), *self.end(output)):
+            choice.add(piece)
+        return choice
 
     def end(self, output: CompletionOutput) -> list[Piece]:
         """What was held back, and the end of the choice."""

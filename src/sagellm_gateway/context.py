@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 from fastapi import Request as HttpRequest
 
 from sagellm_protocol import SLO, RequestPriority, new_request_id, new_trace_id
+from sagellm_protocol.ids import random_hex
 
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
@@ -22,18 +23,17 @@ CALLER = "sagellm.caller"  # in an ASGI scope
 CLIENT_LEFT = 499
 
 
-@dataclass(slots=True)
-class Caller:
+class Caller(msgspec.Struct):
     """Who calls, what for, what its headers ask and how it went; filled by the middlewares, outermost first."""
 
     request_id: str  # sent back as `x-request-id`
     trace_id: str  # of the W3C trace context, or a fresh one
     key_name: str | None = None  # the API key's name: the tenant
     is_admin: bool = False  # whether the key may use /admin
-    headers: Mapping[bytes, bytes] = field(default_factory=dict)  # of the call; of a name sent twice the last
+    headers: Mapping[bytes, bytes] = {}  # of the call; of a name sent twice the last
     priority: RequestPriority | None = None  # x-priority
     slo: SLO | None = None  # x-slo-ttft-ms, x-slo-tpot-ms, x-slo-deadline-ms
-    answer_headers: list[tuple[bytes, bytes]] = field(default_factory=list)  # what the middlewares add to the answer
+    answer_headers: list[tuple[bytes, bytes]] = []  # what the middlewares add to the answer
     limits: RateLimits | None = None  # the key's own, instead of those that all keys have
     windows: tuple[Window | None, Window | None] = (None, None)  # of requests and of tokens, for the answer's headers
     meters: tuple[Meter, ...] = ()  # those that count this caller's tokens
@@ -43,6 +43,22 @@ class Caller:
     started_at: float = 0.0  # of the clock `time.perf_counter`
     answered_at: float | None = None  # when its answer began
     status: int = CLIENT_LEFT  # of its answer
+
+    def request_fields(self) -> dict[str, Any]:
+        """What this call says of a request that it causes; what the body itself asks for goes before.
+
+        The id begins with the call's, so that logs can be joined. A client may send the same `x-request-id` twice, two
+        running requests may not have the same id.
+        """
+        fields: dict[str, Any] = {
+            "request_id": f"{self.request_id}-{random_hex()[:8]}",
+            "trace_id": self.trace_id,
+            "tenant": self.key_name,
+            "slo": self.slo,
+        }
+        if self.priority is not None:
+            fields["priority"] = self.priority
+        return fields
 
 
 # The call that the running task serves, for what stands between the routes and the control plane.

@@ -10,7 +10,7 @@ from functools import lru_cache
 def utc_now(num_digits: int) -> str:
     """This moment in UTC as ISO 8601 writes it, without the zone, its seconds with so many digits."""
     seconds, ns = divmod(time.time_ns(), 10**9)
-    return f"{_second(seconds)}.{ns // 10 ** (9 - num_digits):0{num_digits}d}"
+    return f"{_second(seconds)}.{f'{ns:09d}'[:num_digits]}"
 
 
 @lru_cache(maxsize=2)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from sagellm_control_plane import ControlPlaneManager
 from sagellm_control_plane.prompts import estimate_prompt_tokens
@@ -18,7 +17,6 @@ from sagellm_core.answers import Answers, Observer
 from sagellm_gateway.context import Caller, current_caller
 from sagellm_gateway.rates import Meter
 from sagellm_protocol import Request, RequestPriority, Response, StreamEvent, StreamEventDelta, StreamEventEnd
-from sagellm_protocol.ids import random_hex
 
 # What is reserved for the answer of a request that doesn't say how long it may be.
 ESTIMATED_OUTPUT_TOKENS = 256
@@ -83,18 +81,16 @@ class Ledger(Answers):
 
 
 def _in_name_of(caller: Caller, request: Request) -> Request:
-    """The request with what the call's headers and key say; what the body itself asks for goes before.
-
-    Its id begins with the call's, so that logs can be joined; one that the body names stays. A client may send the same
-    `x-request-id` twice, two running requests may not have the same id.
-    """
-    changes: dict[str, Any] = {"trace_id": caller.trace_id, "tenant": caller.key_name}
-    if "request_id" not in request.model_fields_set:
-        changes["request_id"] = f"{caller.request_id}-{random_hex()[:8]}"
-    if caller.priority is not None and request.priority is RequestPriority.NORMAL:
-        changes["priority"] = caller.priority
-    if request.slo is None:
-        changes["slo"] = caller.slo
+    """The request with what the call's headers and key say, see `Caller.request_fields`."""
+    if request.trace_id == caller.trace_id:
+        return request  # it was made so
+    changes = caller.request_fields()
+    if "request_id" in request.model_fields_set:
+        del changes["request_id"]
+    if request.priority is not RequestPriority.NORMAL:
+        changes.pop("priority", None)
+    if request.slo is not None:
+        del changes["slo"]
     return request.model_copy(update=changes)
 
 

@@ -80,6 +80,27 @@ class AnswerChoice:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
 
+    def add(self, piece: Piece) -> None:
+        """Put the next piece of this choice to it; those of the whole answer say nothing of a choice."""
+        if isinstance(piece, (AnswerStart, AnswerEnd)):
+            return
+        if isinstance(piece, ChoiceEnd):
+            self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
+            return
+        if piece.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *piece.logprobs]
+        if isinstance(piece, TextPiece):
+            self.text += piece.text
+        elif isinstance(piece, ReasoningPiece):
+            self.reasoning += piece.text
+        elif piece.name is not None:
+            function = FunctionCall(name=piece.name, arguments=piece.arguments)
+            self.tool_calls.append(ToolCall(id=piece.id or "", function=function))
+        else:
+            call = self.tool_calls[piece.call]
+            function = FunctionCall(name=call.function.name, arguments=call.function.arguments + piece.arguments)
+            self.tool_calls[piece.call] = ToolCall(id=call.id, function=function)
+
 
 @dataclass(slots=True)
 class Answer:
@@ -99,25 +120,6 @@ def collect(pieces: Iterable[Piece]) -> Answer:
             end = piece
         elif not isinstance(piece, AnswerStart):
             choice = choices.get(piece.index) or choices.setdefault(piece.index, AnswerChoice())
-            _add(choice, piece)
+            choice.add(piece)
     end = end or AnswerEnd(Usage(), Metrics())
     return Answer([choices[index] for index in sorted(choices)], end.usage, end.metrics)
-
-
-def _add(choice: AnswerChoice, piece: TextPiece | ReasoningPiece | ToolCallPiece | ChoiceEnd) -> None:
-    if isinstance(piece, ChoiceEnd):
-        choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
-        return
-    if piece.logprobs is not None:
-        choice.logprobs = [*(choice.logprobs or ()), *piece.logprobs]
-    if isinstance(piece, TextPiece):
-        choice.text += piece.text
-    elif isinstance(piece, ReasoningPiece):
-        choice.reasoning += piece.text
-    elif piece.name is not None:
-        function = FunctionCall(name=piece.name, arguments=piece.arguments)
-        choice.tool_calls.append(ToolCall(id=piece.id or "", function=function))
-    else:
-        call = choice.tool_calls[piece.call]
-        function = FunctionCall(name=call.function.name, arguments=call.function.arguments + piece.arguments)
-        choice.tool_calls[piece.call] = ToolCall(id=call.id, function=function)

@@ -95,6 +95,11 @@ class Meter:
         self._who = who
         self._is_total = is_total
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether it counts anything that can be too much."""
+        return any(limit is not None for limit in (self.requests, self.tokens, self.max_concurrent))
+
     def check(self) -> None:
         """Raise `ResourceExhaustedError` if one more request is too much now (`UnavailableError` for all together)."""
         if self.max_concurrent is not None and self.num_running >= self.max_concurrent:

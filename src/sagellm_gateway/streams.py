@@ -1,4 +1,4 @@
-"""Streams of the APIs whose messages have frames and error messages of their own.
+"""Answers of the APIs whose messages have frames and error messages of their own.
 
 A `FramingWriter` turns the pieces of an answer into bytes that are complete, frames included; `written` runs one over a
 stream of pieces. What fails before the first byte is raised and becomes a status; after it, the writer tells the error
@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from fastapi import Request as HttpRequest
 from starlette.types import Message, Receive, Scope, Send
 
-from sagellm_core.http import EventStream, unexpected_error
-from sagellm_gateway.pieces import ChoiceEnd, Piece
+from sagellm_core.http import EventStream, unexpected_error, while_connected
+from sagellm_gateway.pieces import Answer, ChoiceEnd, Piece
 from sagellm_gateway.writing import PieceWriter
 from sagellm_protocol import SageLLMError, UnavailableError
 
 logger = logging.getLogger(__name__)
+
+_CUT_OFF = ("abort", "error")
 
 
 class FramingWriter(PieceWriter):
@@ -111,9 +114,17 @@ async def written(pieces: AsyncGenerator[Piece, None], writer: FramingWriter) ->
         yield writer.fail(unexpected_error())
 
 
+async def whole(http: HttpRequest, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """The answer that `work` makes, unless the client goes away first; raises for one that was cut off."""
+    answer = await while_connected(http, work)
+    if answer.choices[0].finish_reason in _CUT_OFF:
+        raise cut_off()
+    return answer
+
+
 def refuse_cut(end: Piece) -> None:
     """Raise for the end of an answer that was cut off: these APIs have no word for it but an error."""
-    if isinstance(end, ChoiceEnd) and end.finish_reason in ("abort", "error"):
+    if isinstance(end, ChoiceEnd) and end.finish_reason in _CUT_OFF:
         raise cut_off()
 
 

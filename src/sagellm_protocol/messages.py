@@ -57,15 +57,17 @@ class ChatMessage(EchoedModel):
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
-        if self.content is None and not self.tool_calls and self.role != "assistant":
+        fields = self.__dict__  # several times as fast as its attributes, for each message of each call
+        role, has_calls = fields["role"], bool(fields["tool_calls"])
+        if fields["content"] is None and not has_calls and role != "assistant":
             raise InvalidArgumentError(
-                f"content is required in a message of role {self.role!r}; give a text", field="content"
+                f"content is required in a message of role {role!r}; give a text", field="content"
             )
-        if self.tool_calls and self.role != "assistant":
+        if has_calls and role != "assistant":
             raise InvalidArgumentError(
-                f"tool_calls belong to role 'assistant', got role {self.role!r}; remove them", field="tool_calls"
+                f"tool_calls belong to role 'assistant', got role {role!r}; remove them", field="tool_calls"
             )
-        if self.role == "tool" and self.tool_call_id is None:
+        if role == "tool" and fields["tool_call_id"] is None:
             raise InvalidArgumentError(
                 "tool_call_id is required in a message of role 'tool'; give the id of the call it answers",
                 field="tool_call_id",

@@ -84,8 +84,8 @@ def _problem(line: Any, models: Sequence[type[BaseModel]]) -> _Problem:
     noun = _expected(line)
     text = _sentence(path or "value", line, noun)
     remedy = _remedy(field)
-    # "must be a number, got 'x'" says enough; a bound or a choice may not.
-    if remedy and noun not in _NOUNS.values():
+    # "is required" and "must be a number, got 'x'" say enough; a bound or a choice may not.
+    if remedy and kind != "missing" and noun not in _NOUNS.values():
         text += f"; {remedy}"
     return _Problem(path, group, depth, noun, text, is_fit=noun is None and kind != "missing")
 

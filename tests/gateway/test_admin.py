@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -24,7 +23,7 @@ from sagellm_gateway.live_stats import LiveStats
 from sagellm_gateway.routes.admin import config
 from sagellm_gateway.sessions import SessionSettings
 from sagellm_gateway.settings import AuthSettings, GatewaySettings
-from sagellm_protocol import PermissionDeniedError, Request
+from sagellm_protocol import NotFoundError, PermissionDeniedError, Request, UnavailableError
 
 CHAT = "/v1/chat/completions"
 WAIT = {"messages": [{"role": "user", "content": "wait"}]}
@@ -48,13 +47,6 @@ def made() -> Made:
 def app(made: Made) -> Gateway:
     manager = ControlPlaneManager(engine_configs=[EngineConfig(model="m")], make_engine=made.make)
     return create_app(manager, default_model="m")
-
-
-@pytest.fixture
-async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        client.base_url = httpx.URL("http://localhost")
-        yield client
 
 
 def hello(**fields: Any) -> dict[str, Any]:
@@ -242,6 +234,87 @@ async def test_an_engine_on_its_way_out_is_not_started_again(
     made[0].gate.set()
     await caller.done
     await until(lambda: not app.manager.list_engines())
+
+
+async def test_a_model_is_replaced_while_it_streams(client: httpx.AsyncClient, app: Gateway, made: Made) -> None:
+    caller = LeavingClient(app, CHAT, {**WAIT, "stream": True, "max_tokens": 3})
+    await until(lambda: made[0].running)
+    call = {"options": {"max_batch_size": 7, "max_model_len": 99}}
+    replacing = asyncio.ensure_future(client.post("/admin/models/m/replace", json=call))
+    await until(lambda: len(made) == 2 and app.manager.get_engine("engine-0").state is EngineState.DRAINING)
+    assert (await client.post(CHAT, json=hello())).status_code == 200
+    assert len(made[1].requests) == 1, "by the model's name, at the new engine"
+    again = await client.post("/admin/models/m/replace", json={})
+    assert again.status_code == 503
+    assert "being replaced" in again.json()["error"]["message"]
+    assert not replacing.done()
+    made[0].gate.set()
+    await caller.done
+    body = b"".join(message.get("body", b"") for message in caller.sent)
+    assert b"w2" in body
+    assert body.endswith(b"data: [DONE]\n\n")
+    answer = await replacing
+    assert (answer.status_code, answer.json()) == (200, {"model": "m", "engines": ["engine-0.2"]})
+    assert not made[0].is_running
+    (entry,) = (await client.get("/admin/config")).json()["engines"].values()
+    assert (entry["max_batch_size"], entry["max_model_len"]) == (7, 99)
+    assert app.manager._pool.get("engine-0.2").instance.max_concurrent_requests == 7
+    await client.post("/admin/engines", json={"model": "m"})
+    assert made[2].config.max_batch_size == 7, "further engines are made of it"
+
+
+async def test_a_replacement_that_does_not_start_changes_nothing(
+    client: httpx.AsyncClient, app: Gateway, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "start", _refuse_to_start)
+    answer = await client.post("/admin/models/m/replace", json={"options": {"max_batch_size": 7}})
+    assert answer.status_code == 503
+    assert "no memory for these weights" in answer.json()["error"]["message"]
+    assert [info.engine_id for info in app.manager.list_engines()] == ["engine-0"]
+    assert (await client.post(CHAT, json=hello())).status_code == 200
+    assert app.manager.allowed_models["m"].options == {}
+
+
+async def _refuse_to_start(_: FakeEngine) -> None:
+    raise UnavailableError("no memory for these weights")
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "status", "message"),
+    [
+        ("owner/name", {}, 404, "configured: m"),
+        ("m", {"model": "/etc/passwd"}, 404, "configured: m"),
+        ("m", {"options": {"model_path": "/tmp"}}, 400, "options.model_path"),
+        ("m", {"options": {"max_batch_size": 0}}, 400, "max_batch_size"),
+        ("m", {"options": {"nothing": 1}}, 400, "nothing"),
+    ],
+)
+async def test_what_a_model_is_not_replaced_by(
+    client: httpx.AsyncClient, made: Made, model: str, body: Any, status: int, message: str
+) -> None:
+    answer = await client.post(f"/admin/models/{model}/replace", json=body)
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]["message"]
+    assert len(made) == 1
+
+
+async def test_what_is_held_stays_held_when_it_is_replaced(client: httpx.AsyncClient, made: Made) -> None:
+    await client.post("/admin/engines/engine-0/drain")
+    assert (await client.post("/admin/models/m/replace", json={})).status_code == 200
+    assert (await client.post(CHAT, json=hello())).status_code == 503
+    assert made[1].num_starts == 0
+    assert (await client.post("/admin/engines/engine-0.2/start")).status_code == 202
+    await until(lambda: made[1].is_running)
+
+
+async def test_the_name_stays_where_another_configuration_is_taken(made: Made) -> None:
+    manager = ControlPlaneManager(engine_configs=[EngineConfig(model="m")], make_engine=made.make)
+    async with manager:
+        with pytest.raises(NotFoundError, match="no engine serves the model 'x'"):
+            await manager.replace_model("x", EngineConfig(model="v2"))
+        assert await manager.replace_model("m", EngineConfig(model="v2")) == ["engine-0.2"]
+        assert made[-1].config.model_path == "v2"
+        assert (await manager.execute_request(prompt="hi", model="m", max_tokens=1)).engine_id == "engine-0.2"
 
 
 async def test_the_cache_is_reset(client: httpx.AsyncClient) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
-from asgi_client import LeavingClient, client_of, until
+from asgi_client import LeavingClient, until
 from fake_engine import FakeEngine
 from sagellm_control_plane import ControlPlaneManager
 from sagellm_control_plane.events import EventKind
@@ -28,13 +27,6 @@ def app() -> Gateway:
     for name in ("one", "two"):
         manager.register_engine(FakeEngine(), engine_id=name, model="m")
     return create_app(manager, default_model="m")
-
-
-@pytest.fixture
-async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        client.base_url = httpx.URL("http://localhost")
-        yield client
 
 
 # ---- requests -----------------------------------------------------------------------------------------

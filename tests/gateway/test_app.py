@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -20,21 +19,10 @@ HELLO = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine(max_model_len=64)
-
-
-@pytest.fixture
 def app(engine: FakeEngine) -> Gateway:
     manager = ControlPlaneManager(max_num_waiting=1)
     manager.register_engine(engine, engine_id="fake", model="m")
     return create_app(manager, default_model="m")
-
-
-@pytest.fixture
-async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        yield client
 
 
 async def test_a_chat_answer(client: httpx.AsyncClient) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sagellm_gateway.chat_plan import ChatPlan, ChatPlanner
-from sagellm_gateway.pieces import ChoiceEnd, ReasoningPiece, TextPiece, ToolCallPiece
-from sagellm_protocol import InvalidArgumentError, ModelDescription, UnsupportedError
+from sagellm_gateway.context import Caller
+from sagellm_gateway.pieces import AnswerChoice, ChoiceEnd, ReasoningPiece, TextPiece, ToolCallPiece
+from sagellm_protocol import (
+    SLO,
+    FinishReason,
+    InvalidArgumentError,
+    ModelDescription,
+    RequestPriority,
+    UnsupportedError,
+)
 from sagellm_protocol.openai import ChatCompletionRequest
 from sagellm_protocol.response import CompletionOutput
 
@@ -19,6 +28,7 @@ R1 = QWEN + "<think>\n{{ content.split('</think>') }}"
 TOKENS = {"<tool_call>": 5, "</tool_call>": 6, "<think>": 7, "</think>": 8}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 STRICT = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}, "strict": True}}
+CALLER = Caller("call", "0" * 32, "ada", priority=RequestPriority.HIGH, slo=SLO(ttft_ms=100))
 
 
 class Manager:
@@ -48,7 +58,7 @@ def planner(chat_template: str | None, prompt: str = "") -> ChatPlanner:
 
 async def plan(chat_template: str | None, prompt: str = "", **body: Any) -> ChatPlan:
     call = ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "Hi"}], **body})
-    return await planner(chat_template, prompt).plan(call)
+    return await planner(chat_template, prompt).plan(call, CALLER)
 
 
 def grammar_of(made: ChatPlan) -> str:
@@ -111,7 +121,7 @@ async def test_the_model_is_asked_once() -> None:
         {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "tools": [WEATHER], "tool_choice": "required"}
     )
     for _ in range(3):
-        await asked.plan(call)
+        await asked.plan(call, CALLER)
     assert asked._gateway.manager.num_calls == 5  # four marks and one prompt
 
 
@@ -120,9 +130,9 @@ async def test_a_model_that_comes_to_anothers_name_is_asked_anew() -> None:
     call = ChatCompletionRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "tools": [WEATHER], "tool_choice": "required"}
     )
-    await asked.plan(call)
+    await asked.plan(call, CALLER)
     asked._gateway.manager = Manager(R1, "<think>\n")  # type: ignore[assignment]
-    made = await asked.plan(call)
+    made = await asked.plan(call, CALLER)
     assert made.opens_thought
     assert asked._gateway.manager.num_calls == 5
 
@@ -146,3 +156,32 @@ async def test_one_call_is_enough_where_parallel_calls_are_off() -> None:
     call = '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>\n'
     pieces = reader.feed(call * 3, None)
     assert {piece.call for piece in pieces if isinstance(piece, ToolCallPiece)} == {0}
+
+
+async def test_a_request_is_made_in_its_callers_name() -> None:
+    request = (await plan(QWEN)).request
+    assert request.request_id.startswith("call-")
+    assert (request.trace_id, request.tenant) == (CALLER.trace_id, "ada")
+    assert (request.priority, request.slo) == (RequestPriority.HIGH, CALLER.slo)
+    assert (await plan(QWEN)).request.request_id != request.request_id
+
+
+async def test_what_a_body_says_of_its_request_goes_before_its_caller() -> None:
+    request = (await plan(QWEN, request_id="mine", priority="low")).request
+    assert (request.request_id, request.priority) == ("mine", RequestPriority.LOW)
+
+
+@pytest.mark.parametrize(("template", "body"), [(None, {}), (QWEN, {"tools": [WEATHER]}), (R1, {})])
+async def test_a_whole_output_reads_as_its_pieces_do(template: str | None, body: dict[str, Any]) -> None:
+    made = await plan(template, **body)
+    text = 'Hm.</think>It rains.<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>'
+    output = CompletionOutput(text=text, finish_reason=FinishReason.STOP)
+    reader, choice = made.reader(0), AnswerChoice()
+    for piece in (*reader.feed(text, None), *reader.end(output)):
+        choice.add(piece)
+    read = made.read(output)
+    for call in (*read.tool_calls, *choice.tool_calls):  # whose ids are fresh
+        assert call.id
+    assert [call.function for call in read.tool_calls] == [call.function for call in choice.tool_calls]
+    assert replace(read, tool_calls=[]) == replace(choice, tool_calls=[])
+    assert bool(read.tool_calls) == ("tools" in body)

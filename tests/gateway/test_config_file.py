@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sagellm_control_plane import ExecutionInstanceType
+from sagellm_control_plane.autoscaler_config import AutoscalerConfig
 from sagellm_core.config import BackendConfig, EngineConfig
 from sagellm_gateway.config_file import GatewayFile, ServedEngine, read_gateway_file
 from sagellm_gateway.launch import make_plan
@@ -102,6 +103,28 @@ def test_the_control_plane_is_told_by_flags() -> None:
     for wrong in (ControlPlaneFlags(placement="cloud"), ControlPlaneFlags(routing_policy="nearest")):
         with pytest.raises(InvalidArgumentError, match=r"placement|routing_policy"):
             plan_of(control=wrong)
+
+
+def test_a_number_of_engines_that_follows_the_load() -> None:
+    control = plan_of(control=ControlPlaneFlags(replicas=2, max_replicas=4)).control_plane
+    assert control.place == "process"
+    scaling = control.for_models(["a", "b"]).autoscaling
+    assert {(model, one.min_replicas, one.max_replicas) for model, one in scaling.items()} == {("a", 2, 4), ("b", 2, 4)}
+    own = AutoscalerConfig(max_replicas=9)
+    mixed = control.model_copy(update={"autoscaling": {"b": own}}).for_models(["a", "b"]).autoscaling
+    assert (mixed["a"].max_replicas, mixed["b"]) == (4, own)
+    assert plan_of().control_plane.for_models(["a"]).autoscaling == {}
+    with pytest.raises(InvalidArgumentError, match=r"max_replicas \(2\) is below replicas \(3\)"):
+        plan_of(control=ControlPlaneFlags(replicas=3, max_replicas=2))
+
+
+def test_engines_that_are_kept_have_a_state_and_processes_of_their_own() -> None:
+    state = Path("state.db")
+    assert plan_of(control=ControlPlaneFlags(keep_engines=True, state=state)).control_plane.place == "process"
+    with pytest.raises(InvalidArgumentError, match="keep_engines needs a state"):
+        plan_of(control=ControlPlaneFlags(keep_engines=True))
+    with pytest.raises(InvalidArgumentError, match="set placement to process"):
+        plan_of(control=ControlPlaneFlags(keep_engines=True, state=state, placement="local"))
 
 
 def test_the_control_plane_is_told_by_the_file(tmp_path: Path) -> None:

@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-
-from asgi_client import client_of
-from fake_engine import FakeEngine
-from sagellm_control_plane import ControlPlaneManager
-from sagellm_gateway import create_app
-
-
-@pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    manager = ControlPlaneManager()
-    manager.register_engine(FakeEngine(max_model_len=64), engine_id="fake", model="m")
-    async with client_of(create_app(manager, default_model="m")) as client:
-        yield client
 
 
 async def test_the_document_and_its_files_come_from_here(client: httpx.AsyncClient) -> None:

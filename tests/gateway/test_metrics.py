@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asgi_client import LeavingClient, client_of, until
+from asgi_client import LeavingClient, until
 from fake_engine import FakeEngine
-from sagellm_control_plane import ControlPlaneManager
-from sagellm_gateway import create_app
 from sagellm_gateway.app import Gateway
 
 CHAT = "/v1/chat/completions"
@@ -25,19 +22,6 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 @pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine(max_batch_size=1)
-
-
-@pytest.fixture
-def app(engine: FakeEngine) -> Gateway:
-    manager = ControlPlaneManager()
-    manager.register_engine(engine, engine_id="fake", model="m")
-    return create_app(manager, default_model="m")
-
-
-@pytest.fixture
-async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        yield client
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[str, float]:

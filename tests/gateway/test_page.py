@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
 from importlib.resources import files
 
 import httpx
 import pytest
 
-from asgi_client import client_of
-from fake_engine import FakeEngine
-from sagellm_control_plane import ControlPlaneManager
-from sagellm_gateway import create_app
 from sagellm_gateway.routes.page import FILES
 
 PAGE = files("sagellm_gateway.page")
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8", "accept-encoding": "identity"}
-
-
-@pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    manager = ControlPlaneManager()
-    manager.register_engine(FakeEngine(max_model_len=64), engine_id="fake", model="m")
-    async with client_of(create_app(manager, default_model="m")) as client:
-        yield client
 
 
 async def root_of(client: httpx.AsyncClient) -> str:

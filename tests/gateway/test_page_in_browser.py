@@ -327,6 +327,7 @@ async def test_errors_say_what_is_wrong_and_offer_a_way_on(visit: Visit, url: st
     await visit.page.context.set_offline(True)
     await visit.ask("hello")
     await expect(failure).to_contain_text("cannot be reached. Is it still running?")
+    await expect(visit.page.locator("[aria-label='Answer again']")).to_have_count(0)
     await visit.page.context.set_offline(False)
     await failure.get_by_role("button", name="Try again").click()
     await visit.answered()

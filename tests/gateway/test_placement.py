@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from fake_engine import FakeEngine
+from sagellm_backend.cpu.topology import read_topology
 from sagellm_control_plane.clients.process import ProcessEngineClient
+from sagellm_control_plane.run_folder import run_folder
 from sagellm_core.config import EngineConfig, LLMEngineConfig
 from sagellm_gateway.placement import engine_maker, replicated, shared_out
 
@@ -32,7 +33,7 @@ def test_engines_of_one_machine_share_it() -> None:
     ]
     free, fixed, blocks, other = (engine.options for engine in shared_out(engines, "process"))
     share = LLMEngineConfig(model_path="a").kv_cache_memory_fraction / 4
-    threads = max(1, len(os.sched_getaffinity(0)) // 4)
+    threads = max(1, read_topology().usable_threads // 4)
     assert free == {"kv_cache_memory_fraction": share, "num_threads": threads}
     assert fixed == {"num_threads": 7, "kv_cache_memory_bytes": 1000}
     assert blocks == {"num_kv_blocks": 9, "num_threads": threads}
@@ -41,7 +42,7 @@ def test_engines_of_one_machine_share_it() -> None:
     scaled = shared_out(engines[:1], "process", {"a": 5, "other": 9})[0].options
     assert scaled == {
         "kv_cache_memory_fraction": share * 4 / 5,
-        "num_threads": max(1, len(os.sched_getaffinity(0)) // 5),
+        "num_threads": max(1, read_topology().usable_threads // 5),
     }
     for engine in shared_out(engines, "process"):
         engine.to_llm_engine_config()
@@ -60,4 +61,4 @@ def test_engines_are_made_here_or_as_children(tmp_path: Path) -> None:
     with engine_maker("process", FakeEngine, tmp_path / "state.db") as make:
         client = make(config)
         assert isinstance(client, ProcessEngineClient)
-        assert client.log_path.parent == tmp_path / "state.db.run"
+        assert client.log_path.parent == run_folder(tmp_path / "state.db")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -37,13 +36,6 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def app(engine: FakeEngine) -> Gateway:
     return make_app(engine)
-
-
-@pytest.fixture
-async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        client.base_url = httpx.URL("http://localhost")
-        yield client
 
 
 async def begin(client: httpx.AsyncClient, **fields: Any) -> str:

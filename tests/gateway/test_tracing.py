@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -50,13 +49,6 @@ def app(engine: FakeEngine, exporter: InMemorySpanExporter) -> Gateway:
     manager.register_engine(engine, model="m")
     tracing = TracingSettings(endpoint="http://127.0.0.1:1/v1/traces")
     return create_app(manager, default_model="m", settings=GatewaySettings(tracing=tracing))
-
-
-@pytest.fixture
-async def client(app: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        client.base_url = httpx.URL("http://localhost")
-        yield client
 
 
 def only_span(exporter: InMemorySpanExporter) -> ReadableSpan:

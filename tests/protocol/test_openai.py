@@ -6,12 +6,17 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from sagellm_protocol import (
+    SLO,
     DecodingStrategy,
     ErrorCode,
     InvalidArgumentError,
     NotFoundError,
+    Request,
     RequestPriority,
     ResourceExhaustedError,
     SamplingParams,
@@ -271,3 +276,77 @@ def test_error_bodies_go_both_ways() -> None:
 def test_foreign_error_bodies_are_read_by_their_status(status: int, code: ErrorCode) -> None:
     body = ErrorResponse.model_validate({"error": {"message": "m", "type": "t", "code": "their_own"}})
     assert body.to_exception(status).code is code
+
+
+_IDS = st.text("abc-", min_size=1, max_size=9)
+_TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+_MESSAGES = st.one_of(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": _TEXTS}),
+    st.fixed_dictionaries(
+        {"role": st.just("user"), "content": st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": _TEXTS}))}
+    ),
+    st.fixed_dictionaries({"role": st.just("tool"), "content": _TEXTS, "tool_call_id": _IDS}),
+)
+_CHAT_BODIES = st.fixed_dictionaries(
+    {"model": _IDS, "messages": st.lists(_MESSAGES, min_size=1, max_size=4)},
+    optional={
+        "max_tokens": st.integers(1, 2**31 - 1),
+        "temperature": st.floats(0, 2) | st.integers(0, 2),
+        "top_p": st.floats(0.01, 1),
+        "top_k": st.integers(-1, 9),
+        "n": st.none() | st.integers(1, 3),
+        "stop": st.none() | _IDS | st.lists(_IDS, max_size=3),
+        "seed": st.integers(0, 2**63 - 1),
+        "logit_bias": st.dictionaries(st.integers(0, 9).map(str), st.floats(-100, 100), max_size=3),
+        "logprobs": st.booleans(),
+        "stream": st.none() | st.booleans(),
+        "metadata": st.dictionaries(_IDS, _TEXTS, max_size=3),
+        "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}]),
+        "tools": st.just([TOOL]),
+        "tool_choice": st.sampled_from([None, "none", "auto"]),
+        "chat_template_kwargs": st.dictionaries(_IDS, st.booleans() | st.none() | st.integers(), max_size=2),
+        "priority": st.sampled_from(["critical", "NORMAL", 1, -1]),
+        "session_id": _IDS,
+        "request_id": _IDS,
+        "cache_salt": _IDS,
+        "lora": _IDS,
+        "kv_budget_tokens": st.integers(1, 99),
+        "ignore_eos": st.none() | st.booleans(),
+        "stop_token_ids": st.lists(st.integers(0, 99), max_size=3),
+    },
+)
+
+
+@given(body=_CHAT_BODIES, priority=st.sampled_from(RequestPriority), ttft_ms=st.none() | st.floats(1, 1e6))
+def test_the_request_of_a_body_is_what_validation_would_have_made(
+    body: dict[str, Any], priority: RequestPriority, ttft_ms: float | None
+) -> None:
+    otherwise = {"request_id": "r", "trace_id": "t", "tenant": "ada", "slo": SLO(ttft_ms=ttft_ms), "priority": priority}
+    made = parse(ChatCompletionRequest, body, what="body").to_request(**otherwise)
+    assert made == Request(**made.given())
+    assert made == Request.model_validate_json(made.model_dump_json(exclude_unset=True))
+    assert list(made.model_dump()) == list(Request.model_fields)
+    assert made.request_id == body.get("request_id", "r")
+    assert made.messages == [ChatMessage(**message) for message in body["messages"]]
+    assert made.resolved_sampling() == made.sampling_params
+
+
+def test_requests_without_ids_get_fresh_ones() -> None:
+    call = chat()
+    first, second = call.to_request(), call.to_request()
+    assert first.request_id != second.request_id
+    assert first.trace_id != second.trace_id
+    assert parse(Request, first.model_dump(), what="request").trace_id == first.trace_id
+
+
+def test_a_copy_differs_in_what_is_changed_alone() -> None:
+    request = chat(max_tokens=3).to_request()
+    copied = request.model_copy(update={"tenant": "ada"})
+    assert (copied.tenant, request.tenant) == ("ada", None)
+    assert copied.model_fields_set == request.model_fields_set | {"tenant"}
+    assert copied == BaseModel.model_copy(request, update={"tenant": "ada"})
+    assert copied.model_copy(update={"tenant": None}) != copied
+    deep = request.model_copy(deep=True)
+    assert deep == request
+    assert deep.messages is not request.messages
+    assert request.model_copy().messages is request.messages

@@ -75,7 +75,8 @@ def _caller_of(scope: Scope) -> Caller:
     request_id = headers.get(b"x-request-id")
     is_good = request_id is not None and _REQUEST_ID.fullmatch(request_id) is not None
     name = request_id.decode() if request_id is not None and is_good else new_request_id()
-    trace_id = _trace_id(headers.get(b"traceparent", b"")) or new_trace_id()
+    traceparent = headers.get(b"traceparent")
+    trace_id = (_trace_id(traceparent) if traceparent is not None else None) or new_trace_id()
     answer_headers = [(b"x-request-id", name.encode())]
     return Caller(name, trace_id, headers=headers, answer_headers=answer_headers, started_at=time.perf_counter())
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
 
 _SLO_FIELDS = {b"x-slo-ttft-ms": "ttft_ms", b"x-slo-tpot-ms": "tpot_ms", b"x-slo-deadline-ms": "deadline_ms"}
+_WISHES = frozenset({b"x-request-id", b"x-priority", *_SLO_FIELDS})
 _PRIORITIES = {priority.name.lower().encode(): priority for priority in RequestPriority}
 _MAX_MS = 86_400_000  # a day
 
@@ -55,6 +56,9 @@ class Door:
 
     def _read_wishes(self, caller: Caller) -> None:
         headers = caller.headers
+        caller.slo = self._default_slo
+        if headers.keys().isdisjoint(_WISHES):
+            return
         if b"x-request-id" in headers and headers[b"x-request-id"] != caller.request_id.encode():
             raise _bad_header("x-request-id", "1 to 128 visible ASCII characters")
         priority = headers.get(b"x-priority")
@@ -63,7 +67,6 @@ class Door:
             if caller.priority is None:
                 raise _bad_header("x-priority", f"one of {', '.join(name.decode() for name in _PRIORITIES)}")
         wishes = {field: _milliseconds(name, headers[name]) for name, field in _SLO_FIELDS.items() if name in headers}
-        caller.slo = self._default_slo
         if wishes:  # nobody waits longer than the gateway's own limit
             deadline_ms = min(wishes.get("deadline_ms", self._timeout_ms), self._timeout_ms)
             caller.slo = SLO(**{**wishes, "deadline_ms": deadline_ms})

@@ -50,9 +50,11 @@ class AccessLog:
 
 
 def _text(scope: Scope, caller: Caller, seconds: float) -> str:
+    begin_ms = _begin_ms(caller)
+    begin = "None" if begin_ms is None else f"{begin_ms:.3f}"
     line = (
         f"{utc_now(3)}+00:00 {scope['method']} {_path(scope)} {caller.status} {seconds * 1e3:.1f} ms "
-        f"request_id={_word(caller.request_id)} client={_client(scope)} first_byte_ms={_begin_ms(caller)} "
+        f"request_id={_word(caller.request_id)} client={_client(scope)} first_byte_ms={begin} "
         f"prompt_tokens={caller.num_prompt_tokens} output_tokens={caller.num_output_tokens}"
     )
     if caller.key_name is not None:
@@ -63,6 +65,7 @@ def _text(scope: Scope, caller: Caller, seconds: float) -> str:
 
 
 def _json(scope: Scope, caller: Caller, seconds: float) -> str:
+    begin_ms = _begin_ms(caller)
     fields: dict[str, Any] = {
         "time": f"{utc_now(3)}+00:00",
         "request_id": caller.request_id,
@@ -72,7 +75,7 @@ def _json(scope: Scope, caller: Caller, seconds: float) -> str:
         "method": scope["method"],
         "path": _path(scope),
         "status": caller.status,
-        "first_byte_ms": _begin_ms(caller),
+        "first_byte_ms": None if begin_ms is None else round(begin_ms, 3),
         "duration_ms": round(seconds * 1e3, 3),
         "prompt_tokens": caller.num_prompt_tokens,
         "output_tokens": caller.num_output_tokens,
@@ -89,7 +92,7 @@ def _path(scope: Scope) -> str:
 
 
 def _begin_ms(caller: Caller) -> float | None:
-    return None if caller.answered_at is None else round((caller.answered_at - caller.started_at) * 1e3, 3)
+    return None if caller.answered_at is None else (caller.answered_at - caller.started_at) * 1e3
 
 
 def _client(scope: Scope) -> str | None:

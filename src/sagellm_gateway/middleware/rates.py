@@ -8,16 +8,26 @@ that shuts down takes no new work.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.types import Scope
 
 from sagellm_gateway.context import Caller
-from sagellm_gateway.rates import Meter
+from sagellm_gateway.rates import Meter, Window
 from sagellm_protocol import UnavailableError
 
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
+
+
+@dataclass(frozen=True, slots=True)
+class _Allowance:
+    """What counts one key's requests; nothing where nothing is limited."""
+
+    meters: tuple[Meter, ...]
+    of_tokens: tuple[Meter, ...]
+    windows: tuple[Window | None, Window | None]  # that answers tell of
 
 
 class RateCheck:
@@ -28,27 +38,30 @@ class RateCheck:
         limits = gateway.settings.limits
         self._per_key = limits.per_key
         self._total = Meter(limits.total, "all callers together", is_total=True)
-        self._meters: dict[str | None, Meter] = {}  # of each key that has called
+        self._allowances: dict[str | None, _Allowance] = {}  # of each key that has called
 
     def enter(self, scope: Scope, caller: Caller) -> tuple[Meter, ...]:
         """The meters that have counted a call in, to be left when it is over; raises where one of them is full."""
         if scope["method"] != "POST" or scope["path"].startswith("/admin/"):
             return ()
-        own, total = self._meter_of(caller), self._total
-        caller.meters = tuple(meter for meter in (own, total) if meter.tokens is not None)
-        caller.windows = (own.requests or total.requests, own.tokens or total.tokens)
+        allowance = self._allowances.get(caller.key_name) or self._new_allowance(caller)
+        caller.meters, caller.windows = allowance.of_tokens, allowance.windows
         if self._gateway.is_draining:
             caller.answer_headers.append((b"connection", b"close"))
             raise UnavailableError("this server is shutting down; send the request again, to another one")
-        own.check()
-        total.check()
-        own.enter()
-        total.enter()
-        return own, total
+        meters = allowance.meters
+        for meter in meters:
+            meter.check()
+        for meter in meters:
+            meter.enter()
+        return meters
 
-    def _meter_of(self, caller: Caller) -> Meter:
-        meter = self._meters.get(caller.key_name)
-        if meter is None:
-            who = "a caller" if caller.key_name is None else f"the key {caller.key_name!r}"
-            meter = self._meters[caller.key_name] = Meter(caller.limits or self._per_key, who)
-        return meter
+    def _new_allowance(self, caller: Caller) -> _Allowance:
+        who = "a caller" if caller.key_name is None else f"the key {caller.key_name!r}"
+        own, total = Meter(caller.limits or self._per_key, who), self._total
+        allowance = self._allowances[caller.key_name] = _Allowance(
+            meters=tuple(meter for meter in (own, total) if meter.has_limits),
+            of_tokens=tuple(meter for meter in (own, total) if meter.tokens is not None),
+            windows=(own.requests or total.requests, own.tokens or total.tokens),
+        )
+        return allowance

@@ -15,7 +15,7 @@ from sagellm_gateway.body import read_call
 from sagellm_gateway.context import Caller, caller_of, gateway_of
 from sagellm_gateway.documents import EVENTS, GENERATION, described
 from sagellm_gateway.errors import naming
-from sagellm_gateway.streams import PingedEvents, cut_off, written
+from sagellm_gateway.streams import PingedEvents, whole, written
 
 router = APIRouter(tags=["Anthropic"])
 
@@ -32,9 +32,7 @@ async def messages(http: HttpRequest) -> HttpResponse:
         if call.stream:
             events = written(chat.stream(chat_call, caller), EventWriter(call))
             return await start_event_stream(http, events, PingedEvents)
-        answer = await while_connected(http, chat.answer(chat_call, caller))
-    if answer.choices[0].finish_reason in ("abort", "error"):
-        raise cut_off()
+        answer = await whole(http, chat.answer(chat_call, caller))
     return HttpResponse(message_body(call, answer), media_type="application/json")
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response as HttpResponse
 
-from sagellm_core.http import DONE, start_event_stream, while_connected
+from sagellm_core.http import DONE, JsonText, start_event_stream, while_connected
 from sagellm_gateway.body import read_call
 from sagellm_gateway.chat import ChatService
 from sagellm_gateway.chat_render import ChunkWriter, answer_body
@@ -33,7 +33,7 @@ async def answer_chat(http: HttpRequest, call: ChatCompletionRequest) -> HttpRes
     if call.stream:
         return await start_event_stream(http, _messages(chat, call, caller))
     answer = await while_connected(http, chat.answer(call, caller))
-    return HttpResponse(answer_body(call.model, answer), media_type="application/json")
+    return JsonText(answer_body(call.model, answer))
 
 
 async def _messages(chat: ChatService, call: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[bytes, None]:

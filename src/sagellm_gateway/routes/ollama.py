@@ -22,7 +22,7 @@ from sagellm_gateway.ollama.render import LineWriter, answer_body, embed_body, l
 from sagellm_gateway.ollama.translate import CHAT_FIELDS, to_chat
 from sagellm_gateway.ollama.types import ChatCall, EmbedCall, EmbeddingsCall, GenerateCall, PullCall, ShowCall
 from sagellm_gateway.routes.models import model_cards
-from sagellm_gateway.streams import JsonLines, cut_off, written
+from sagellm_gateway.streams import JsonLines, whole, written
 from sagellm_protocol import UnsupportedError
 
 if TYPE_CHECKING:
@@ -145,9 +145,7 @@ async def _answer(http: HttpRequest, call: ChatCall | GenerateCall, *, is_empty:
         if call.is_streamed:
             lines = written(gateway.chat.stream(chat_call, caller), LineWriter(call))
             return await start_event_stream(http, lines, JsonLines)
-        answer = await while_connected(http, gateway.chat.answer(chat_call, caller))
-    if answer.choices[0].finish_reason in ("abort", "error"):
-        raise cut_off()
+        answer = await whole(http, gateway.chat.answer(chat_call, caller))
     return _object(answer_body(call, answer))
 
 

@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response as HttpResponse
 from pydantic import Field
 
-from sagellm_core.http import start_event_stream, while_connected
+from sagellm_core.http import start_event_stream
 from sagellm_gateway.body import read_call
 from sagellm_gateway.context import caller_of, gateway_of
 from sagellm_gateway.documents import EVENTS, GENERATION, described
@@ -20,7 +20,7 @@ from sagellm_gateway.responses.service import Conversation, input_items
 from sagellm_gateway.responses.store import StoredResponse
 from sagellm_gateway.responses.translate import CHAT_FIELDS
 from sagellm_gateway.responses.types import ItemId, ResponsesRequest
-from sagellm_gateway.streams import FramedEvents, cut_off, written
+from sagellm_gateway.streams import FramedEvents, whole, written
 from sagellm_protocol import InvalidArgumentError, UnsupportedError, parse
 from sagellm_protocol.model import EdgeModel
 
@@ -49,9 +49,7 @@ async def create_response(http: HttpRequest) -> HttpResponse:
         if call.stream:
             writer = EventWriter(conversation.draft, conversation.keep)
             return await start_event_stream(http, written(gateway.chat.stream(chat_call, caller), writer), FramedEvents)
-        answer = await while_connected(http, gateway.chat.answer(chat_call, caller))
-    if answer.choices[0].finish_reason in ("abort", "error"):
-        raise cut_off()
+        answer = await whole(http, gateway.chat.answer(chat_call, caller))
     body = conversation.draft.add_answer(answer)
     conversation.keep(body)
     return _json(body)

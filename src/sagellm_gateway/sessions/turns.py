@@ -65,7 +65,8 @@ async def _remember_cut(gateway: Gateway, call: ChatCompletionRequest, caller: C
 
 async def _whole(gateway: Gateway, call: ChatCompletionRequest, caller: Caller) -> ChatCompletionRequest:
     history: list[ChatMessage] = await gateway.sessions.history(_session_id(call), caller)
-    return call.model_copy(update={"messages": joined(history, call.messages), "session_id": None})
+    # Validated anew: together they may be more than a call may hold.
+    return ChatCompletionRequest(**{**call.given(), "messages": joined(history, call.messages), "session_id": None})
 
 
 def _session_id(call: ChatCompletionRequest) -> str:

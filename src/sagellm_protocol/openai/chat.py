@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -53,13 +53,14 @@ class ChatCompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        limits = (self.max_tokens, self.max_completion_tokens)
-        if None not in limits and limits[0] != limits[1]:
+        fields = self.__dict__
+        old, new = fields["max_tokens"], fields["max_completion_tokens"]
+        if old is not None and new is not None and old != new:
             raise InvalidArgumentError(
-                f"max_tokens is {limits[0]} but max_completion_tokens is {limits[1]}; give only max_completion_tokens",
+                f"max_tokens is {old} but max_completion_tokens is {new}; give only max_completion_tokens",
                 field="max_tokens",
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if fields["top_logprobs"] is not None and not fields["logprobs"]:
             raise InvalidArgumentError(
                 "top_logprobs needs logprobs; set logprobs to true or leave top_logprobs out", field="top_logprobs"
             )
@@ -82,24 +83,31 @@ class ChatCompletionRequest(GenerationRequest):
 
     @cached_property
     def _sampling(self) -> SamplingParams:
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._given_sampling(logprobs=logprobs, max_tokens=max_tokens)
+        fields = self.__dict__
+        logprobs = (fields["top_logprobs"] or 0) if fields["logprobs"] else None
+        max_tokens, newer = fields["max_tokens"], fields["max_completion_tokens"]
+        return self._given_sampling(logprobs=logprobs, max_tokens=max_tokens if newer is None else newer)
 
     def to_sampling_params(self) -> SamplingParams:
         """Return the decoding parameters that the body gives, and only those as given."""
         return self._sampling
 
-    def to_request(self) -> Request:
-        """Return the protocol's request for this body, with a fresh id unless the body gives one."""
-        ids = {} if self.request_id is None else {"request_id": self.request_id}
-        return self._to_request(
-            messages=self.messages,
-            tools=None if self.tool_choice == "none" else self.tools,
-            chat_template_kwargs=self.chat_template_kwargs,
-            sampling_params=self.to_sampling_params(),
-            **ids,
-        )
+    def to_request(self, **otherwise: Any) -> Request:
+        """Return the protocol's request for this body.
+
+        ``otherwise`` are fields of it for what the body leaves open (valid ones: they aren't looked at again); without
+        a ``request_id`` in either the id is fresh.
+        """
+        fields = self.__dict__
+        request = otherwise | self._shared_fields()
+        request["messages"] = fields["messages"]
+        request["tools"] = None if fields["tool_choice"] == "none" else fields["tools"]
+        request["chat_template_kwargs"] = fields["chat_template_kwargs"]
+        request["sampling_params"] = self._sampling
+        if fields["request_id"] is not None:
+            request["request_id"] = fields["request_id"]
+        # Each has been validated as a field of this type, by the same bounds.
+        return Request.of_valid(request)
 
 
 ChatFinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error", "abort"]

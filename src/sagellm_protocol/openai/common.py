@@ -29,7 +29,7 @@ from sagellm_protocol.fields import (
     TopP,
 )
 from sagellm_protocol.model import EdgeModel, ProtocolModel
-from sagellm_protocol.request import Priority, Request, RequestPriority
+from sagellm_protocol.request import Priority, RequestPriority
 from sagellm_protocol.response import Usage
 from sagellm_protocol.sampling import DecodingStrategy, SamplingParams
 from sagellm_protocol.structured import StructuredOutput
@@ -167,6 +167,8 @@ class GenerationRequest(EdgeModel):
 
     def to_structured_output(self) -> StructuredOutput | None:
         """Return the form that the body asks for, under whichever name; raises InvalidArgumentError for two of them."""
+        if self.__pydantic_fields_set__.isdisjoint(FORM_FIELDS):
+            return None
         wanted: dict[str, dict[str, Any]] = {}
         if self.response_format is not None and self.response_format.type != "text":
             schema = self.response_format.json_schema
@@ -186,26 +188,41 @@ class GenerationRequest(EdgeModel):
             )
         return StructuredOutput(**values)
 
-    def _to_request(self, **source: Any) -> Request:
-        """Return the protocol's request with the shared fields and ``source`` (prompt or messages, sampling, ids)."""
-        shared = {name: getattr(self, name) for name in _REQUEST_FIELDS}
+    def _shared_fields(self) -> dict[str, Any]:
+        """Return the fields of the protocol's request but prompt or messages, sampling and ids."""
+        fields = self.__dict__
+        shared = {
+            "model": fields["model"],
+            "stream": bool(fields["stream"]),
+            "session_id": fields["session_id"],
+            "cache_salt": fields["cache_salt"],
+            "lora": fields["lora"],
+            "kv_budget_tokens": fields["kv_budget_tokens"],
+            "metadata": fields["metadata"],
+        }
+        if fields["priority"] is not _NORMAL:
+            shared["priority"] = fields["priority"]
         form = self.to_structured_output()
         if form is not None:
             shared["structured_output"] = form
-        return Request(**{**shared, **source, "stream": bool(self.stream)})
+        return shared
 
     def _given_sampling(self, **further: Any) -> SamplingParams:
         """Return the sampling fields that were given, and ``further`` ones that aren't None, as SamplingParams."""
-        values = {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING_FIELDS}
-        values.update(further)
-        given = {name: value for name, value in values.items() if value is not None and value != ()}
-        return SamplingParams(**given) if "logit_bias" in given else _sampling_of(tuple(given.items()))
+        fields = self.__dict__
+        given = {name: fields[name] for name in self.__pydantic_fields_set__ & _SAMPLING_FIELDS}
+        given.update(further)
+        return _sampling(given) if given.get("logit_bias") is not None else _known_sampling(tuple(given.items()))
+
+
+def _sampling(given: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None and value != ()})
 
 
 @lru_cache(maxsize=256)
-def _sampling_of(given: tuple[tuple[str, Any], ...]) -> SamplingParams:
+def _known_sampling(given: tuple[tuple[str, Any], ...]) -> SamplingParams:
     """The parameters of ``given``; most clients send the same again and again, and nobody can change them."""
-    return SamplingParams(**dict(given))
+    return _sampling(dict(given))
 
 
 _GUIDED_FIELDS = {
@@ -214,8 +231,9 @@ _GUIDED_FIELDS = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
-_REQUEST_FIELDS = ("model", "priority", "session_id", "cache_salt", "lora", "kv_budget_tokens", "metadata")
-_SAMPLING_FIELDS = SamplingParams.model_fields.keys() & GenerationRequest.model_fields.keys()
+_NORMAL = RequestPriority.NORMAL
+FORM_FIELDS = frozenset({"response_format", "structured_outputs", *_GUIDED_FIELDS})
+_SAMPLING_FIELDS = frozenset(SamplingParams.model_fields.keys() & GenerationRequest.model_fields.keys())
 
 
 class PromptTokensDetails(ApiModel):

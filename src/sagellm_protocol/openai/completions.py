@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -81,8 +81,8 @@ class CompletionRequest(GenerationRequest):
         requests = []
         for index, prompt in enumerate(prompts):
             suffix = f"-{index}" if len(prompts) > 1 else ""
-            ids = {} if self.request_id is None else {"request_id": self.request_id + suffix}
-            requests.append(self._to_request(prompt=prompt, sampling_params=params, **ids))
+            ids: dict[str, Any] = {} if self.request_id is None else {"request_id": self.request_id + suffix}
+            requests.append(Request(**self._shared_fields(), prompt=prompt, sampling_params=params, **ids))
         return requests
 
 

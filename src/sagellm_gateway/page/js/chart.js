@@ -5,6 +5,7 @@ import { h, svg } from "./dom.js";
 const WIDTH = 240;
 const HEIGHT = 64;
 const TOP = 3;
+const SPAN = 30; // points that the width holds at first: a line is to be seen from its second point on
 
 /**
  * Draws several series of the same scale. `format(value)` says a value, `scale(value)` the top; `limit` fixes the top,
@@ -69,9 +70,13 @@ export class Chart {
     );
   }
 
+  /** The distance of two points. */
+  get #step() {
+    return WIDTH / (Math.max(SPAN, this.#points.length) - 1);
+  }
+
   #x(index) {
-    const { capacity } = this.#options;
-    return Number((WIDTH * (1 - (this.#points.length - 1 - index) / (capacity - 1))).toFixed(2));
+    return Number((WIDTH - (this.#points.length - 1 - index) * this.#step).toFixed(2));
   }
 
   #path(series, y) {
@@ -88,8 +93,7 @@ export class Chart {
   #point(event) {
     const box = this.element.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * WIDTH;
-    const step = WIDTH / (this.#options.capacity - 1);
-    const index = Math.round(this.#points.length - 1 - (WIDTH - x) / step);
+    const index = Math.round(this.#points.length - 1 - (WIDTH - x) / this.#step);
     const entry = this.#points[index];
     if (!entry) return this.#hideTip();
     const [time, values] = entry;

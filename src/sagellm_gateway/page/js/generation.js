@@ -2,6 +2,9 @@
 
 import { ApiError, call, errorText, events } from "./api.js";
 
+// Messages that came closer together than this came as one: their distance says nothing about the model.
+const MEASURABLE_MS = 25;
+
 /** An answer before its first word. */
 export const emptyAnswer = (model) => ({ role: "assistant", content: "", model });
 
@@ -54,7 +57,7 @@ function add(answer, chunk, timing) {
     answer.ttft_ms ??= timing.first - timing.began;
     // One message is one token or a few: near enough until the server says how many they were.
     answer.pieces = (answer.pieces ?? 0) + 1;
-    answer.rate = answer.pieces > 1 ? ((answer.pieces - 1) * 1000) / (timing.last - timing.first) : null;
+    answer.rate = rate(answer.pieces, timing);
   }
   if (reasoning) {
     answer.reasoning = (answer.reasoning ?? "") + reasoning;
@@ -77,8 +80,12 @@ function addCall(answer, part) {
 }
 
 function finish(answer, timing) {
-  const tokens = answer.usage?.completion ?? answer.pieces ?? 0;
-  const elapsed = timing.last - timing.first;
-  answer.rate = tokens > 1 && elapsed > 0 ? ((tokens - 1) * 1000) / elapsed : null;
+  answer.rate = rate(answer.usage?.completion ?? answer.pieces ?? 0, timing);
   answer.total_ms = performance.now() - timing.began;
+}
+
+/** Tokens a second after the first; null where that cannot be told. */
+function rate(tokens, { first, last }) {
+  const elapsed = last - first;
+  return tokens > 1 && elapsed >= MEASURABLE_MS ? ((tokens - 1) * 1000) / elapsed : null;
 }

@@ -219,7 +219,8 @@ export class AnswerView {
       );
     }
     if (message.content) parts.push(copyButton("Copy answer", () => message.content));
-    if (isLast) parts.push(iconButton("redo", "Answer again", actions.regenerate));
+    const offersAgain = message.error && !message.error.needsKey;
+    if (isLast && !offersAgain) parts.push(iconButton("redo", "Answer again", actions.regenerate));
     return [h("div", { class: "actions" }, parts), stats];
   }
 }
