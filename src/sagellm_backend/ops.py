@@ -263,11 +263,6 @@ class OpTable:
         function: Callable[..., Any] = getattr(self, name)
         return function
 
-    def with_op(self, name: str, function: Callable[..., Any], *, source: str) -> OpTable:
-        """A copy of this table in which op `name` is `function`."""
-        item = OpImplementation(name, self.kind, source, function)
-        return OpTable(self.kind, {**self._chosen, name: item})
-
     def explain(self) -> dict[str, str]:
         """Source of the chosen implementation of each op, for people and logs."""
         return {name: item.source for name, item in sorted(self._chosen.items())}

@@ -17,6 +17,7 @@ from sagellm_protocol import InvalidArgumentError, NotFoundError, SamplingParams
 from sagellm_protocol.model import EdgeModel
 
 KVCacheDType = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+CommType = Literal["auto", "local", "gloo", "nccl", "hccl"]  # `sagellm_comm.COLLECTIVE_KINDS`, which would import torch
 
 
 class ConfigModel(EdgeModel):
@@ -39,7 +40,7 @@ class LLMEngineConfig(ConfigModel):
 
     model_path: str = Field(min_length=1)
     backend_type: str = "auto"
-    comm_type: str = "auto"
+    comm_type: CommType = Field(default="auto", description="what carries tensors between ranks; one needs none")
     device: str | None = None
     engine_id: str | None = None
 

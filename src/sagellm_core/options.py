@@ -76,8 +76,6 @@ def _beginning(incomplete: str, names: list[str]) -> list[str]:
 
 # ---- options ------------------------------------------------------------------------------------------
 
-Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")]
-Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)]
 Backend = Annotated[
     str | None,
     typer.Option(help="auto, cpu, cuda, ascend, kunlun or haiguang.", autocompletion=complete_backend),

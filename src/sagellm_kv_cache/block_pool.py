@@ -26,7 +26,6 @@ class BlockPool:
         self, num_blocks: int, prefix_cache: PrefixCache, policy: EvictionPolicy, clock: Callable[[], float]
     ) -> None:
         self.blocks = tuple(Block(block_id) for block_id in range(num_blocks))
-        self.peak_used = 0
         self.evict_count = 0
         self.evict_seconds = 0.0
         self._prefix_cache = prefix_cache
@@ -53,7 +52,6 @@ class BlockPool:
             taken += self._evict(num_blocks - num_blank)
         for block in taken:
             block.ref_count = 1
-        self.peak_used = max(self.peak_used, self.num_used)
         return taken
 
     def touch(self, blocks: Iterable[Block]) -> None:
@@ -63,7 +61,6 @@ class BlockPool:
                 self._policy.remove(block)
             block.ref_count += 1
             block.hit_count += 1
-        self.peak_used = max(self.peak_used, self.num_used)
 
     def free(self, blocks: Iterable[Block]) -> None:
         """Drop one reference of each, in this order: the first becomes free, and so evictable, first."""

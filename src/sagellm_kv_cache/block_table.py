@@ -28,11 +28,6 @@ class BlockTables:
         self._num_blocks = np.zeros(max_num_requests, dtype=np.int64)
         self._free_rows = list(range(max_num_requests - 1, -1, -1))
 
-    @property
-    def num_free_rows(self) -> int:
-        """Rows that `add_row` can still give out."""
-        return len(self._free_rows)
-
     def add_row(self) -> int:
         """An empty row for one request; ResourceExhaustedError if all are taken."""
         if not self._free_rows:

@@ -18,7 +18,6 @@ from hashlib import sha256
 
 from sagellm_protocol import InvalidArgumentError
 
-HASH_BYTES = 32
 TOKEN_BYTES = 4
 _TAG = b"sagellm-kv-1"
 

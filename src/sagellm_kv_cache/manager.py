@@ -98,11 +98,6 @@ class KVCacheManager:
     # ---- figures --------------------------------------------------------------------------------------
 
     @property
-    def capacity_tokens(self) -> int:
-        """Tokens that all blocks together hold; a longer request can never run."""
-        return self.num_blocks * self.block_size
-
-    @property
     def num_free_blocks(self) -> int:
         """Blocks that no request holds, those kept for the prefix cache included."""
         return self._pool.num_free
@@ -128,7 +123,6 @@ class KVCacheManager:
             num_blocks=self.num_blocks,
             num_used_blocks=self._pool.num_used,
             num_cached_blocks=len(self._prefix_cache),
-            peak_used_blocks=self._pool.peak_used,
             prefix_query_tokens=self._prefix_query_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
             evict_count=self.evict_count,

@@ -17,7 +17,6 @@ class KVCacheStats:
     num_blocks: int
     num_used_blocks: int
     num_cached_blocks: int
-    peak_used_blocks: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
     evict_count: int
@@ -32,11 +31,6 @@ class KVCacheStats:
     def usage(self) -> float:
         """Share of the blocks in use, 0 to 1."""
         return self.num_used_blocks / self.num_blocks
-
-    @property
-    def peak_usage(self) -> float:
-        """The highest `usage` so far."""
-        return self.peak_used_blocks / self.num_blocks
 
     @property
     def prefix_hit_rate(self) -> float:

@@ -37,13 +37,12 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine.write("proc/cpuinfo", "model name\t: Fast 9000\nflags\t\t: fpu avx2 fma amx_tile\n\nmodel name\t: other\n")
     for cpu in range(4):  # two cores of two threads
         machine.write(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 2},{cpu % 2 + 2}\n")
-    machine.write("sys/devices/system/node/node0/cpulist", "0-1").write("sys/devices/system/node/node1/cpulist", "2-3")
     return machine.memory(64 * GIB, 40 * GIB)
 
 
 def test_a_machine_without_limits(machine: Machine) -> None:
     found = read_topology(machine.root)
-    assert (found.model_name, found.logical_cpus, found.physical_cores, found.numa_nodes) == ("Fast 9000", 4, 2, 2)
+    assert (found.model_name, found.physical_cores) == ("Fast 9000", 2)
     assert found.features >= {"avx2", "fma", "amx_tile"}
     assert "fpu" not in found.features
     assert (found.quota_cpus, found.usable_threads) == (None, 2)
@@ -83,8 +82,7 @@ def test_limits_above_the_machine_mean_nothing(machine: Machine) -> None:
 def test_a_system_without_proc_is_still_described(tmp_path: Path) -> None:
     found, memory = read_topology(tmp_path), read_memory(tmp_path)
     assert found.model_name
-    assert 1 <= found.physical_cores <= found.logical_cpus
-    assert found.numa_nodes == 1
+    assert found.physical_cores >= 1
     assert 0 < memory.available_bytes <= memory.total_bytes
 
 

@@ -21,7 +21,8 @@ from sagellm_benchmark.simulator.simulation import Simulation
 from sagellm_benchmark.traces import TraceRequest
 from sagellm_control_plane.fleet import Booking
 from sagellm_control_plane.policies import POLICIES
-from sagellm_control_plane.routing import ROUTERS
+from sagellm_control_plane.routing import ROUTERS, RoutingPolicy
+from sagellm_control_plane.routing.marginal_cost import MarginalCost
 from sagellm_control_plane.step_time import StepCoefficients
 from sagellm_protocol import SLO, InvalidArgumentError
 
@@ -185,6 +186,17 @@ def test_where_prompts_share_much_the_default_beats_round_robin_by_far() -> None
         config = SimulationConfig(3, router=router, engine=EngineSpec(num_blocks=128, max_num_seqs=64))
         means[router] = float(np.mean([outcome.ttft_s for outcome in simulate(load.requests(), config).outcomes]))
     assert means["marginal_cost"] < means["round_robin"] / 2
+
+
+def test_in_overload_requests_that_wait_for_their_prefixes_save_everybody_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = SyntheticLoad(num_requests=600, requests_per_s=24)
+    config = SimulationConfig(4, engine=EngineSpec(max_num_seqs=8))
+    window = simulate(load.requests(), config)
+    monkeypatch.setattr(MarginalCost, "would_wait", RoutingPolicy.would_wait)
+    without = simulate(load.requests(), config)
+    means = [float(np.mean([outcome.ttft_s for outcome in result.outcomes])) for result in (window, without)]
+    assert means[0] < means[1] / 2
+    assert window.duration_s < without.duration_s
 
 
 def test_step_times_are_learned_from_reports() -> None:

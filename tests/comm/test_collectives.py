@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 import sagellm_comm
 from sagellm_backend import CPUBackendProvider, MockBackendProvider
-from sagellm_comm import LocalCollectives, TorchCollectives, get_collectives
+from sagellm_comm import COLLECTIVE_KINDS, LocalCollectives, TorchCollectives, get_collectives
+from sagellm_core import LLMEngineConfig
 from sagellm_protocol import CommGroupError, InvalidArgumentError, UnavailableError, UnsupportedError
 
 WORKER = Path(__file__).with_name("gloo_worker.py")
@@ -86,3 +88,9 @@ def test_a_peer_that_dies_or_stays_away_is_an_error_of_the_protocol(tmp_path: Pa
 def test_the_package_exports_what_it_says() -> None:
     assert all(getattr(sagellm_comm, name) is not None for name in sagellm_comm.__all__)
     assert sorted(sagellm_comm.__all__) == sorted(set(sagellm_comm.__all__))
+
+
+def test_an_engines_configuration_names_the_same_carriers() -> None:
+    assert get_args(LLMEngineConfig.model_fields["comm_type"].annotation) == COLLECTIVE_KINDS
+    with pytest.raises(InvalidArgumentError, match="comm_type must be 'auto', 'local', 'gloo', 'nccl' or 'hccl'"):
+        LLMEngineConfig.model_validate({"model_path": "m", "comm_type": "pigeon"})

@@ -41,6 +41,11 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
 
 
+def prose_of(page: str) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+
+
 def anchors(page: str) -> set[str]:
     """The fragments by which a page's headings can be linked."""
     headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
@@ -64,16 +69,21 @@ def test_both_languages_show_the_same_code() -> None:
     assert calls[0] == calls[1]
 
 
-@pytest.mark.parametrize("page", [*READMES, "CONTRIBUTING.md", "docs/serving.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_shown_commands_are_understood(page: str) -> None:
-    """Name and options of every `sage-llm` call exist; nothing is run."""
-    group = typer.main.get_command(app)
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if "sage-llm " in line]
-    for line in lines:
-        words = shlex.split(line[line.index("sage-llm ") :], comments=True)[1:]
-        assert words[0] in group.commands, line
-        group.commands[words[0]].make_context(words[0], words[1:]).close()
-    assert lines or page not in READMES
+    """Name and options of every `sage-llm` call in a block or in a sentence exist; nothing is run."""
+    shown = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    calls = [line[line.index("sage-llm ") :] for line in shown if "sage-llm " in line]
+    for call in calls + re.findall(r"`(sage-llm [^`\n]+)`", prose_of(page)):
+        command, words = typer.main.get_command(app), shlex.split(call, comments=True)[1:]
+        while hasattr(command, "commands") and words and not words[0].startswith("-"):
+            assert words[0].split("|")[0] in command.commands, call
+            command = command.commands[words.pop(0).split("|")[0]]
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+        assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, call
+        if call in calls and "[" not in call:  # as one would type it
+            command.make_context(command.name, words).close()
+    assert calls or page not in READMES
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -113,8 +123,7 @@ def test_the_python_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_resolve(page: str) -> None:
-    prose = re.sub(r"^ *```.*?^ *```$", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, fragment = target.partition("#")

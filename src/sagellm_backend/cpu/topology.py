@@ -45,10 +45,8 @@ class CpuTopology:
     """Processors as this process sees them."""
 
     model_name: str
-    logical_cpus: int  # that the affinity mask allows
-    physical_cores: int  # among those
+    physical_cores: int  # among those that the affinity mask allows
     quota_cpus: float | None  # of the control group; None = no limit
-    numa_nodes: int
     features: frozenset[str]
 
     @property
@@ -68,13 +66,10 @@ class HostMemory:
 
 def read_topology(root: Path = ROOT) -> CpuTopology:
     """The processors of this machine."""
-    allowed = _allowed_cpus()
     return CpuTopology(
         model_name=_model_name(root),
-        logical_cpus=len(allowed),
-        physical_cores=_physical_cores(root, allowed),
+        physical_cores=_physical_cores(root, _allowed_cpus()),
         quota_cpus=_quota_cpus(root),
-        numa_nodes=max(1, len(list((root / "sys/devices/system/node").glob("node[0-9]*")))),
         features=_features(root),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from heapq import heappop, heappush
 from itertools import count
@@ -24,6 +25,7 @@ from sagellm_control_plane.predictor import Predictor
 from sagellm_control_plane.prefix_index import PrefixIndex
 from sagellm_control_plane.queue import WaitQueue
 from sagellm_control_plane.routing import RoutedRequest, RoutingContext, get_router
+from sagellm_control_plane.routing.base import Rows
 from sagellm_protocol import SLO, InvalidArgumentError, Request
 
 _MODEL = "simulated"
@@ -145,7 +147,7 @@ class Simulation:
             rows = self._rows[fleet.num_requests[self._rows] < fleet.capacity[self._rows]]
             if not len(rows):
                 return
-            waiting = self._queue.pop(self._now)
+            waiting = self._queue.pop(self._now, would_wait=partial(self._would_wait, rows))
             assert waiting is not None, "every destination is open"
             job = self._jobs.pop(waiting)
             rows = self._policy.narrow(waiting, rows, fleet, self._now)
@@ -159,6 +161,9 @@ class Simulation:
             engine = self.engines[choice.row]
             engine.submit(job.run, self._now)
             self._plan(engine.next_event, engine)
+
+    def _would_wait(self, free: Rows, waiting: WaitingRequest) -> bool:
+        return self._router.would_wait(self._jobs[waiting].routed, free, self._rows, self.fleet)
 
     def _step_ended(self, engine: SimulatedEngine) -> None:
         started, ended = engine.finish_step()

@@ -41,7 +41,6 @@ class ModelConfig:
     spec: DecoderSpec | EncoderSpec
     dtype: DType
     max_model_len: int
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     pooling: PoolingSpec = field(default_factory=lambda: PoolingSpec("last"))
@@ -88,7 +87,6 @@ def read_model_config(path: str | Path) -> ModelConfig:
         spec=spec,
         dtype=_dtype(config, path),
         max_model_len=_max_model_len(spec, path),
-        bos_token_id=_first(_token_ids(config, generation_config, "bos_token_id")),
         eos_token_ids=_token_ids(config, generation_config, "eos_token_id"),
         generation_config=generation_config,
         pooling=read_pooling(path, "mean" if isinstance(spec, EncoderSpec) else "last"),
@@ -147,7 +145,3 @@ def _token_ids(config: HFConfig, generation_config: Mapping[str, Any], name: str
                 raise InvalidArgumentError(f"{config.path.parent}: {name} must be token ids, got {value!r}", field=name)
             return tuple(ids)
     return ()
-
-
-def _first(ids: tuple[int, ...]) -> int | None:
-    return ids[0] if ids else None

@@ -136,7 +136,6 @@ def read_gguf_config(path: Path) -> ModelConfig:
         spec=spec,
         dtype=_dtype(checkpoint),
         max_model_len=spec.max_position_embeddings,
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=tuple(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None)),
     )
 

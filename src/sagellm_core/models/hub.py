@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Literal
 
@@ -88,10 +89,7 @@ def resolve_config(model: str) -> Path:
             f"{model or 'empty model name'}: no config.json there, and not a hub id (owner/name); check the path",
             field="model",
         )
-    from huggingface_hub import hf_hub_download
-
-    with _hub_errors(model):
-        return Path(hf_hub_download(model, "config.json"))
+    return _hub_file(model, "config.json", None)
 
 
 def list_local_models() -> list[LocalModel]:
@@ -120,11 +118,11 @@ def _split_file(model: str) -> tuple[str, str | None]:
 
 
 def _from_huggingface(repository: str, file: str | None, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
+    if file is not None:
+        return _hub_file(repository, file, revision)
     with _hub_errors(repository):
-        if file is not None:
-            return Path(hf_hub_download(repository, file, revision=revision))
         folder = Path(
             snapshot_download(repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
         )
@@ -135,6 +133,17 @@ def _from_huggingface(repository: str, file: str | None, revision: str | None) -
             field="model",
         )
     return folder
+
+
+def _hub_file(repository: str, file: str, revision: str | None) -> Path:
+    # Not by `hf_hub_download`, which tries a hub that is out of reach for half a minute.
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(repository):
+        path = Path(snapshot_download(repository, revision=revision, allow_patterns=[escape(file)])) / file
+    if not path.exists():
+        raise NotFoundError(f"{repository}: there is no {file}; check its name and the network", field="model")
+    return path
 
 
 def _from_modelscope(repository: str, file: str | None, revision: str | None) -> Path:
@@ -176,8 +185,8 @@ def _hub_errors(repository: str) -> Iterator[None]:
                 field="model",
             ) from error
         raise UnavailableError(
-            f"{repository}: not in the cache, and the hub cannot be reached ({_first_line(error)}); check the network "
-            "and HF_ENDPOINT, unset HF_HUB_OFFLINE, or give a local folder; 'builtin' needs no network",
+            f"{repository}: not in the cache, and the hub cannot be reached ({_first_line(_cause(error))}); check the "
+            "network and HF_ENDPOINT, unset HF_HUB_OFFLINE, or give a local folder; 'builtin' needs no network",
             field="model",
         ) from error
 
@@ -204,6 +213,13 @@ def _cached_models() -> Iterator[LocalModel]:
 
 def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first: the library's own sentences wrap it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,11 +24,11 @@ class Candidate(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """The chosen token of a position, and the most probable candidates there, best first."""
+    """The chosen token of a position, and the most probable candidates there, best first; rank None: not known."""
 
     token_id: int
     logprob: float
-    rank: int
+    rank: int | None
     top: tuple[Candidate, ...] = ()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sagellm_backend import BackendProvider, KVLayout
+from sagellm_backend.cpu.topology import read_topology
 from sagellm_compression.quantization import get_quant_method
 from sagellm_core.config import LLMEngineConfig
 from sagellm_core.engine_core.output import ModelRunnerOutput, SchedulerOutput
@@ -50,8 +51,11 @@ class Worker:
 
     def load_model(self) -> None:
         """Read the weights; refuses before reading where they cannot fit."""
-        if self.config.num_threads is not None and self.provider.device.type == "cpu":
-            torch.set_num_threads(self.config.num_threads)
+        if self.provider.device.type == "cpu":
+            # torch counts cores; a container's quota may leave less time than they have.
+            torch.set_num_threads(
+                self.config.num_threads or min(torch.get_num_threads(), read_topology().usable_threads)
+            )
         dtype = None if self.config.dtype == "auto" else to_torch_dtype(DType.parse(self.config.dtype))
         self._check_weights_fit(dtype)
         self._model = load_model(

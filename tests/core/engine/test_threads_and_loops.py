@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sagellm_backend.cpu.topology import read_topology
 from sagellm_core import Executor, LLMEngine
 from sagellm_core.engine_core.client import EngineCoreClient
 from sagellm_core.factory import build_executor
@@ -200,3 +202,16 @@ async def test_a_broken_step_loop_says_so_and_can_be_restarted(folder: Path, mon
         await engine.stop()
         await engine.start()
         assert len(await ask(engine, [5, 6])) == 12
+
+
+@pytest.mark.parametrize(("quota", "num_threads", "expected"), [(1.5, None, 1), (1.5, 2, 2), (None, None, 3)])
+async def test_compute_threads_keep_to_the_quota_unless_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, quota: float | None, num_threads: int | None, expected: int
+) -> None:
+    topology = replace(read_topology(), physical_cores=64, quota_cpus=quota)
+    chosen: list[int] = []
+    monkeypatch.setattr("sagellm_core.worker.worker.read_topology", lambda: topology)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    async with make_engine(folder, num_threads=num_threads):
+        assert chosen == [expected]

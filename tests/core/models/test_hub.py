@@ -25,6 +25,11 @@ def http_error(kind: type[Exception]) -> Exception:
     return error
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 def raising(error: Exception) -> Any:
     def download(*args: Any, **options: Any) -> str:
         raise error
@@ -102,12 +107,25 @@ def test_download_takes_what_is_needed(tmp_path: Path, monkeypatch: pytest.Monke
     }
 
 
-def test_of_a_hub_id_the_configuration_alone_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(repository: str, file: str) -> str:
-        return str(tmp_path / repository.replace("/", "--") / file)
+def fake_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that `owner/name` is downloaded to: a repository of two files, of which those wanted come."""
+    folder = tmp_path / "cache"
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert hub.resolve_config("owner/name") == tmp_path / "owner--name" / "config.json"
+    def download(repository: str, *, allow_patterns: list[str], **options: Any) -> str:
+        assert repository == "owner/name"
+        kept = ["config.json", "sub/a-Q8_0.gguf"]
+        for file in huggingface_hub.utils.filter_repo_objects(kept, allow_patterns=allow_patterns):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).touch()
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return folder
+
+
+def test_of_a_hub_id_the_configuration_alone_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = fake_cache(tmp_path, monkeypatch)
+    assert hub.resolve_config("owner/name") == cache / "config.json"
     (tmp_path / "config.json").write_text("{}")
     assert hub.resolve_config(str(tmp_path)) == hub.resolve_config(str(tmp_path / "config.json"))
     assert hub.resolve_config("builtin").is_file()
@@ -117,11 +135,10 @@ def test_of_a_hub_id_the_configuration_alone_is_downloaded(tmp_path: Path, monke
 
 
 def test_single_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(repository: str, file: str, **options: Any) -> str:
-        return str(tmp_path / repository.replace("/", "--") / file)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert resolve_model("owner/name/sub/a-Q8_0.gguf") == tmp_path / "owner--name" / "sub" / "a-Q8_0.gguf"
+    cache = fake_cache(tmp_path, monkeypatch)
+    assert resolve_model("owner/name/sub/a-Q8_0.gguf") == cache / "sub" / "a-Q8_0.gguf"
+    with pytest.raises(NotFoundError, match=r"owner/name: there is no b\.gguf; check its name"):
+        resolve_model("owner/name/b.gguf")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +151,11 @@ def test_single_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (errors.OfflineModeIsEnabled("offline"), UnavailableError, "builtin"),
         (errors.HFValidationError("bad"), NotFoundError, "valid hub id"),
         (ConnectionError("refused"), UnavailableError, "refused"),
+        (
+            caused(errors.LocalEntryNotFoundError("Got: a wrapper"), OSError("no route")),
+            UnavailableError,
+            r"\(no route\)",
+        ),
         (RuntimeError("whatever\nsecond line"), UnavailableError, "whatever"),
     ],
 )
