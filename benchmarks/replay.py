@@ -4,12 +4,12 @@
     python benchmarks/replay.py slo     --trace conversation_trace.jsonl [--scheduling fifo,slo_aware] ...
     python benchmarks/replay.py fair    [--scheduling fifo,fair] ...
 
-Each run starts its own child processes, so that every policy begins with cold caches. `routing` replays the same
-requests at the same times and compares the times to the first token. `slo` gives every other request a tight
-objective and raises the rate until less than 90 % of the requests meet theirs: the highest rate before is the
-goodput. `fair` lets one tenant flood the queue while another always has a few requests waiting, and follows the
-service that both have got (a token of a prompt counts 1, one of an answer 2) against the bound of the virtual token
-counter (Sheng et al., OSDI 2024).
+Each run starts its own child processes, so that every policy begins with cold caches; with `--rounds` the policies take
+turns, since machines are noisy. `routing` replays the same requests at the same times and compares the times to the
+first token. `slo` gives every other request a tight objective and raises the rate until less than 90 % of the requests
+meet theirs: the highest rate before is the goodput. `fair` lets one tenant flood the queue while another always has a
+few requests waiting, and follows the service that both have got (a token of a prompt counts 1, one of an answer 2)
+against the bound of the virtual token counter (Sheng et al., OSDI 2024).
 """
 
 from __future__ import annotations
@@ -119,10 +119,25 @@ def load(arguments: argparse.Namespace, count: int) -> list[LoadRequest]:
     return fit_into(trace_requests(trace, vocabulary, takes_tokens=True), arguments.max_model_len)[0]
 
 
+def times_at(wanted: Sequence[LoadRequest], rate: float | None, arguments: argparse.Namespace) -> list[float]:
+    """When to send each, in seconds: at random or as recorded (which is in bursts), at `rate` a second on average."""
+    recorded = [entry.at_s for entry in wanted]
+    if rate is None:
+        return recorded_times(recorded, speed=1.0)
+    if arguments.recorded:
+        return recorded_times(recorded, speed=rate * (max(recorded) - min(recorded)) / len(recorded))
+    return random_times(len(wanted), rate, seed=arguments.seed)
+
+
 def as_request(model: str, wanted: LoadRequest, **fields: Any) -> Request:
     """A greedy request whose answer is exactly as long as in the trace."""
     sampling = SamplingParams(max_tokens=wanted.output_len, ignore_eos=True)
     return Request(model=model, prompt=wanted.prompt, sampling_params=sampling, stream=True, **fields)
+
+
+def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each figure of the runs; the most of what failed."""
+    return {key: (max if key == "failed" else statistics.median)(run[key] for run in runs) for key in runs[0]}
 
 
 # ---- routing ------------------------------------------------------------------------------------------
@@ -131,19 +146,15 @@ def as_request(model: str, wanted: LoadRequest, **fields: Any) -> Request:
 async def compare_routing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The same requests at the same times, routed by each policy."""
     wanted = load(arguments, arguments.requests)
-    if arguments.rate:
-        times = random_times(len(wanted), arguments.rate, seed=arguments.seed)
-    else:
-        times = recorded_times([entry.at_s for entry in wanted], speed=arguments.speed)
+    times = times_at(wanted, arguments.rate, arguments)
     num_input = sum(entry.input_len or 0 for entry in wanted)
-    rows = []
-    for name in arguments.routing:
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.routing}
+    for name in arguments.rounds * arguments.routing:
         async with Fleet(arguments, routing_policy=name) as manager:
             seen = await replay(manager, [as_request(arguments.model, entry) for entry in wanted], times)
         ttfts = sorted(one.ttft_s for one in seen)
-        rows.append(
+        runs[name].append(
             {
-                "routing": name,
                 "failed": sum(one.is_failed for one in seen),
                 "ttft_mean_ms": 1e3 * statistics.mean(ttfts),
                 "ttft_p50_ms": 1e3 * ttfts[len(ttfts) // 2],
@@ -152,8 +163,8 @@ async def compare_routing(arguments: argparse.Namespace) -> list[dict[str, Any]]
                 "cached": sum(one.num_cached for one in seen) / num_input,
             }
         )
-        rows[-1]["ttft_to_first"] = rows[0]["ttft_mean_ms"] / rows[-1]["ttft_mean_ms"]
-    return rows
+    rows = [{"routing": name, **medians(of_name)} for name, of_name in runs.items()]
+    return [{**row, "ttft_to_first": rows[0]["ttft_mean_ms"] / row["ttft_mean_ms"]} for row in rows]
 
 
 # ---- objectives ---------------------------------------------------------------------------------------
@@ -164,25 +175,35 @@ async def compare_goodput(arguments: argparse.Namespace) -> list[dict[str, Any]]
     wanted = load(arguments, arguments.requests)
     objectives = [SLO(ttft_ms=arguments.ttft_ms), SLO(ttft_ms=10 * arguments.ttft_ms)]
     requests = [as_request(arguments.model, entry, slo=objectives[number % 2]) for number, entry in enumerate(wanted)]
-    rows = []
-    for name in arguments.scheduling:
-        goodput, row = 0.0, {"scheduling": name}
-        for rate in arguments.rates:
-            async with Fleet(arguments, scheduling_policy=name, routing_policy="marginal_cost") as manager:
-                warm = [as_request(arguments.model, entry) for entry in wanted[: 4 * arguments.engines]]
-                await asyncio.gather(*(ask(manager, request) for request in warm))  # step times are learned
-                await manager.reset_prefix_cache()
-                again = [
-                    request.model_copy(update={"request_id": f"{request.request_id}-{rate:g}"}) for request in requests
-                ]
-                seen = await replay(manager, again, random_times(len(again), rate, seed=arguments.seed))
-            met = sum(one.is_met for one in seen) / len(seen)
-            row[f"met at {rate:g}/s"] = round(met, 3)
-            if met < ATTAINED:
-                break
-            goodput = rate
-        rows.append({**row, "goodput_per_s": goodput})
-    return rows
+    met: dict[str, dict[float, float]] = {name: {} for name in arguments.scheduling}
+    for rate in arguments.rates:
+        shares: dict[str, list[float]] = {
+            name: [] for name in met if all(old >= ATTAINED for old in met[name].values())
+        }
+        for name in arguments.rounds * list(shares):
+            shares[name].append(await attainment(arguments, name, requests, times_at(wanted, rate, arguments)))
+        for name, of_name in shares.items():
+            met[name][rate] = statistics.median(of_name)
+    return [
+        {
+            "scheduling": name,
+            **{f"met at {rate:g}/s": round(share, 3) for rate, share in shares.items()},
+            "goodput_per_s": max((rate for rate, share in shares.items() if share >= ATTAINED), default=0.0),
+        }
+        for name, shares in met.items()
+    ]
+
+
+async def attainment(
+    arguments: argparse.Namespace, name: str, requests: Sequence[Request], times: Sequence[float]
+) -> float:
+    """The share of requests that meet their objective under a scheduling policy."""
+    async with Fleet(arguments, scheduling_policy=name, routing_policy="marginal_cost") as manager:
+        warm = [request.model_copy(update={"slo": None}) for request in requests[: 4 * arguments.engines]]
+        await asyncio.gather(*(ask(manager, request) for request in warm))  # step times are learned
+        await manager.reset_prefix_cache()
+        seen = await replay(manager, requests, times)
+    return sum(one.is_met for one in seen) / len(seen)
 
 
 # ---- fairness -----------------------------------------------------------------------------------------
@@ -267,8 +288,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of an engine")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--scale", type=float, default=1 / 32, help="of the trace's lengths")
-    parser.add_argument("--speed", type=float, default=1.0, help="of the trace's times")
-    parser.add_argument("--rate", type=float, help="requests a second, at random, instead of the trace's times")
+    parser.add_argument("--rate", type=float, help="requests a second on average; the trace's own without it")
+    parser.add_argument(
+        "--recorded", action="store_true", help="with a rate: the trace's times, sped up, not random ones"
+    )
     parser.add_argument("--rates", type=numbers, default=[1, 2, 3, 4, 6, 8], help="slo: rates to try, ascending")
     parser.add_argument("--ttft-ms", type=float, default=1000, help="slo: the tight objective; the other: 10 times")
     parser.add_argument("--seconds", type=float, default=30, help="fair: how long")
@@ -276,6 +299,9 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=32, help="fair: tokens of an answer")
     parser.add_argument("--routing", type=names, default=["round_robin", "least_loaded", "marginal_cost"])
     parser.add_argument("--scheduling", type=names)
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="routing, slo: runs of each policy, in turn; medians count"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
