@@ -10,27 +10,9 @@ from collections import deque
 
 from sagellm_control_plane.clock import Clock
 from sagellm_control_plane.lifecycle_config import BreakerConfig
-from sagellm_protocol import ErrorCode
 from sagellm_protocol.model import ProtocolEnum
 
 _MAX_OUTCOMES = 64
-
-
-# An engine that fails in these ways may be sick. The others are the request's doing, or plain overload.
-_ENGINES_FAULTS = frozenset(
-    {
-        ErrorCode.INTERNAL,
-        ErrorCode.UNAVAILABLE,
-        ErrorCode.KV_TRANSFER_FAILED,
-        ErrorCode.COMM_TIMEOUT,
-        ErrorCode.DISTRIBUTED_RUNTIME_ERROR,
-    }
-)
-
-
-def is_engines_fault(code: ErrorCode) -> bool:
-    """Whether a request that failed so speaks against its engine."""
-    return code in _ENGINES_FAULTS
 
 
 class BreakerState(ProtocolEnum):

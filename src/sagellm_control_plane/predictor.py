@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import accumulate
 from math import log2
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ class OutputLengths:
         self._counts = [0.0] * _NUM_BINS
         self._total = 0.0  # of the counts
         self._newest = 1.0  # what the newest answer weighs: to let it grow is to let all others fade
-        self._quantiles: dict[tuple[float, int], float | None] = {}  # asked for since the last change that counts
+        self._quantiles: dict[float, float | None] = {}  # asked for since the last change that counts
         self._num_added = 0
 
     @property
@@ -59,23 +60,17 @@ class OutputLengths:
         if self._num_added <= _ENOUGH or self._num_added % _REFRESH == 0:
             self._quantiles.clear()
 
-    def quantile(self, share: float, beyond: int = 0) -> float | None:
-        """What `share` of the answers don't exceed, of those longer than `beyond`; None if there are none."""
-        first = _bin(beyond) if beyond else 0
-        key = share, first
-        if key not in self._quantiles:
-            self._quantiles[key] = self._compute_quantile(share, first)
-        return self._quantiles[key]
+    def quantile(self, share: float) -> float | None:
+        """What `share` of the answers don't exceed; None if there are none."""
+        if share not in self._quantiles:
+            self._quantiles[share] = self._compute_quantile(share)
+        return self._quantiles[share]
 
-    def _compute_quantile(self, share: float, first: int) -> float | None:
-        total = sum(self._counts[first:])
-        if total <= 1e-9 * self._newest:
+    def _compute_quantile(self, share: float) -> float | None:
+        if self._total <= 1e-9 * self._newest:
             return None
-        reached = 0.0
-        for number in range(first, _NUM_BINS):
-            reached += self._counts[number]
-            if reached >= share * total:
-                break
+        sums = enumerate(accumulate(self._counts))
+        number = next((number for number, reached in sums if reached >= share * self._total), _NUM_BINS - 1)
         return float(2 ** ((number + 0.5) / _BINS_PER_OCTAVE) - 1)
 
 
@@ -144,24 +139,17 @@ class Predictor:
 
     # ---- lengths --------------------------------------------------------------------------------------
 
-    def output_tokens(self, tenant: str, model: str, limit: int, *, quantile: float = 0.5, num_so_far: int = 0) -> int:
-        """Tokens that an answer will have, at most `limit`, which is taken where nothing is known.
-
-        Of an answer that has `num_so_far` already, only like ones count.
-        """
-        if num_so_far >= limit:
-            return limit
+    def output_tokens(self, tenant: str, model: str, limit: int, *, quantile: float = 0.5) -> int:
+        """Tokens that an answer will have, at most `limit`, which is taken where nothing is known."""
         expected: float | None = None
         if tenant:
             own = self._lengths.get((tenant, model))
             if own is not None and own.weight >= _ENOUGH:
-                expected = own.quantile(quantile, num_so_far)
+                expected = own.quantile(quantile)
         if expected is None:
             common = self._lengths.get(("", model))
-            expected = None if common is None else common.quantile(quantile, num_so_far)
-        if expected is None or expected >= limit:
-            return limit
-        return max(round(expected), num_so_far + 1)
+            expected = None if common is None else common.quantile(quantile)
+        return limit if expected is None or expected >= limit else max(round(expected), 1)
 
     def has_seen(self, model: str) -> bool:
         """Whether an answer of the model was learned from."""
@@ -201,13 +189,6 @@ class Predictor:
         """For so many tokens of one sequence, on an engine of average speed and its load of now; 0 without engines."""
         rows = self._fleet.rows()
         return num_tokens * _median(self.tpot_s(rows)) if len(rows) else 0.0
-
-    def remaining_s(
-        self, row: int, tenant: str, model: str, limit: int, num_context_tokens: int, num_so_far: int
-    ) -> float:
-        """Until the last token of a request that decodes on an engine."""
-        expected = self.output_tokens(tenant, model, limit, num_so_far=num_so_far)
-        return (expected - num_so_far) * float(self.tpot_s(np.array([row]), num_context_tokens, num_sequences=0)[0])
 
     def service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: int) -> float:
         """How long such a request will hold its place: as answers of late did, or by the step times."""

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm_control_plane.breaker import BreakerState, CircuitBreaker, is_engines_fault
+from sagellm_control_plane.breaker import BreakerState, CircuitBreaker
 from sagellm_control_plane.lifecycle_config import BreakerConfig
-from sagellm_protocol import ErrorCode
 
 
 class HandClock:
@@ -110,10 +109,3 @@ def test_it_never_locks_an_engine_out_for_ever(events: list[tuple[float, str]]) 
             assert breaker.allows
     clock.time += CONFIG.max_open_s + CONFIG.trial_interval_s
     assert breaker.allows
-
-
-def test_whose_fault_it_is() -> None:
-    assert is_engines_fault(ErrorCode.INTERNAL)
-    assert is_engines_fault(ErrorCode.UNAVAILABLE)
-    for code in (ErrorCode.INVALID_ARGUMENT, ErrorCode.RESOURCE_EXHAUSTED, ErrorCode.CANCELLED, ErrorCode.NOT_FOUND):
-        assert not is_engines_fault(code)
