@@ -180,7 +180,7 @@ async def delete_engine(http: HttpRequest, engine_id: str) -> HttpResponse:
 
 
 @router.post("/models/{model:path}/replace", response_model=None)
-@described(body=Replacement, fails=(404, 501))
+@described(body=Replacement, fails=(404,))
 async def replace_model(http: HttpRequest, model: str) -> HttpResponse:
     """Put new engines in the place of a model's old ones, one after the other; answers when the last has left."""
     require_admin(http)

@@ -38,9 +38,9 @@ def write(folder: Path, *, without: tuple[str, ...] = (), **fields: Any) -> Path
 
 
 def test_fields(tmp_path: Path) -> None:
-    config = read_model_config(write(tmp_path, bos_token_id=1, eos_token_id=[2, 3]))
+    config = read_model_config(write(tmp_path, eos_token_id=[2, 3]))
     assert (config.path, config.architecture, config.dtype) == (tmp_path, "LlamaForCausalLM", DType.BF16)
-    assert (config.bos_token_id, config.eos_token_ids, config.generation_config) == (1, (2, 3), {})
+    assert (config.eos_token_ids, config.generation_config) == ((2, 3), {})
     assert config.max_model_len == config.spec.max_position_embeddings == 128
     assert (config.spec.head_dim, config.spec.num_kv_heads, config.spec.num_layers) == (16, 4, 2)
 

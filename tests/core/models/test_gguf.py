@@ -87,7 +87,7 @@ def test_metadata(tmp_path: Path, make: Callable[..., Any]) -> None:
     write_gguf(make("qwen3"), file)
     config = read_model_config(file)
     assert (config.architecture, config.dtype, config.max_model_len) == ("Qwen3ForCausalLM", DType.FP32, 256)
-    assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 5))
+    assert config.eos_token_ids == (2, 5)
     assert config.spec.tie_word_embeddings
     assert config.spec.head_dim == 24
 
