@@ -92,7 +92,7 @@ def test_one_manager_at_a_time(tmp_path: Path) -> None:
 def test_a_damaged_file_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "state.db"
     path.write_bytes(b"this is no database at all, but long enough to be taken for one" * 20)
-    with EngineStore(path) as store:
+    with caplog.at_level("WARNING", logger="sagellm_control_plane.store"), EngineStore(path) as store:
         store.save(stored())
         assert store.load() == [stored()]
     assert "is no database" in caplog.text
@@ -125,7 +125,7 @@ def test_an_engine_that_cannot_be_read_is_left_out(tmp_path: Path, caplog: pytes
     with sqlite3.connect(path) as database:
         database.execute("UPDATE engines SET config = '{\"of_another_time\": 1}' WHERE engine_id = 'a'")
     database.close()
-    with EngineStore(path) as store:
+    with caplog.at_level("WARNING", logger="sagellm_control_plane.store"), EngineStore(path) as store:
         assert [engine.engine_id for engine in store.load()] == ["b"]
     assert "the engine a is left out" in caplog.text
 
