@@ -12,21 +12,25 @@ from sagellm_control_plane.clock import LoopClock
 from sagellm_control_plane.monitor import OutOfTime, within
 
 
+class Slow:
+    """Something long, that takes a second to end when it is cancelled."""
+
+    has_ended = False
+
+    async def run(self) -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            await asyncio.sleep(1)
+            self.has_ended = True
+
+
 def test_what_takes_too_long_has_ended_when_that_is_told() -> None:
     async def main() -> None:
-        has_ended = False
-
-        async def slow() -> None:
-            nonlocal has_ended
-            try:
-                await asyncio.sleep(100)
-            finally:
-                await asyncio.sleep(1)
-                has_ended = True
-
+        slow = Slow()
         with pytest.raises(OutOfTime, match="more than 2 s"):
-            await within(LoopClock(), 2, slow())
-        assert has_ended
+            await within(LoopClock(), 2, slow.run())
+        assert slow.has_ended
         assert asyncio.get_running_loop().time() == 3
 
     virtual_loop.run(main)
@@ -34,22 +38,13 @@ def test_what_takes_too_long_has_ended_when_that_is_told() -> None:
 
 def test_who_is_cancelled_leaves_nothing_behind() -> None:
     async def main() -> None:
-        has_ended = False
-
-        async def slow() -> None:
-            nonlocal has_ended
-            try:
-                await asyncio.sleep(100)
-            finally:
-                await asyncio.sleep(1)
-                has_ended = True
-
-        waiting = asyncio.ensure_future(within(LoopClock(), 50, slow()))
+        slow = Slow()
+        waiting = asyncio.ensure_future(within(LoopClock(), 50, slow.run()))
         await asyncio.sleep(2)
         waiting.cancel()
         await asyncio.wait({waiting})
         assert waiting.cancelled()
-        assert has_ended
+        assert slow.has_ended
 
     virtual_loop.run(main)
 
