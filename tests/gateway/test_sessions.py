@@ -204,6 +204,24 @@ async def test_an_answer_that_was_cut_short_is_kept_as_far_as_it_came(
     assert engine.cancelled
 
 
+@pytest.mark.parametrize("step", ["clear", "messages"])
+async def test_an_answer_that_was_cut_short_is_not_added_to_what_came_after(
+    client: httpx.AsyncClient, app: Gateway, step: str
+) -> None:
+    """As where a page stops an answer, takes it back and goes on before the server has noticed that it left."""
+    session_id = await begin(client)
+    body = {"messages": [{"role": "user", "content": "hi"}], "session_id": session_id, "stream": True}
+    caller = LeavingClient(app, CHAT, {**body, "max_tokens": 4000})
+    await until(lambda: sum(b"w1 " in message.get("body", b"") for message in caller.sent))
+    after = {"clear": {"keep": 0}, "messages": {"content": "again", "max_tokens": 1}}[step]
+    assert (await client.post(f"/sessions/{session_id}/{step}", json=after)).status_code == 200
+    held = (await client.get(f"/sessions/{session_id}")).json()
+    caller.leave()
+    await caller.done
+    await until(lambda: not any("remember" in repr(task) for task in app.tasks))
+    assert (await client.get(f"/sessions/{session_id}")).json() == held
+
+
 async def test_who_leaves_in_the_midst_may_have_deleted_the_session(
     client: httpx.AsyncClient, app: Gateway, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -97,21 +97,35 @@ class Sessions:
 
     # ---- what a conversation needs --------------------------------------------------------------------
 
-    async def history(self, session_id: str, caller: Caller) -> list[ChatMessage]:
-        """The conversation so far. Raises `ResourceExhaustedError` where no further turn has room."""
+    async def history(self, session_id: str, caller: Caller) -> tuple[list[ChatMessage], float]:
+        """The conversation so far, and when it was changed last.
+
+        Raises `ResourceExhaustedError` where no further turn has room.
+        """
         session = await self.get(session_id, caller)
         self._check_size(session, num_more=2)
-        return [ChatMessage.model_validate(message) for message in session.messages]
+        return [ChatMessage.model_validate(message) for message in session.messages], session.head.updated_at
 
-    async def remember(self, session_id: str, caller: Caller, messages: Sequence[ChatMessage], answer: Answer) -> None:
+    async def remember(
+        self,
+        session_id: str,
+        caller: Caller,
+        messages: Sequence[ChatMessage],
+        answer: Answer,
+        *,
+        unchanged_since: float | None = None,
+    ) -> None:
         """Add a turn: what was new in the request, and the answer's first choice. All of it, or nothing.
 
-        System messages are kept at the head of a session, the last given ones.
+        System messages are kept at the head of a session, the last given ones. With `unchanged_since`, nothing is added
+        to a session that was changed after that.
         """
         turn = [_to_plain(message) for message in messages]
         turn.append(_answer_message(answer))
 
         def add(session: Session) -> Session:
+            if unchanged_since not in (None, session.head.updated_at):
+                return session
             return self._with_messages(session, joined(session.messages, turn)).changed(updated_at=self._clock())
 
         await self._store.change(_owner(caller), session_id, add)
