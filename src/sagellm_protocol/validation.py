@@ -189,12 +189,11 @@ def _key(name: str) -> str:
 
 
 def _unknown_field(path: str, name: str, owner: type[BaseModel] | None) -> str:
-    where = path or (owner.__name__ if owner is not None else "this object")
     known = list(owner.model_fields) if owner is not None else []
     # Nobody mistypes a whole text, and comparing one would take its time.
     close = difflib.get_close_matches(name, known, n=1) if len(name) <= _MAX_SHOWN_CHARS else []
     advice = f"did you mean {close[0]!r}?" if close else "remove it"
-    return f"{_show(name)} is not a field of {where}; {advice}"
+    return f"{_show(name)} is not a field {f'of {path}' if path else 'here'}; {advice}"
 
 
 def _merge_unions(problems: list[_Problem]) -> list[_Problem]:

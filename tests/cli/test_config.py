@@ -66,7 +66,7 @@ def test_the_backends_kind_holds_where_the_engines_is_auto() -> None:
     ("text", "message"),
     [
         ("backend: {kind: [1]}", "backend.kind must be a string"),
-        ("backends: {}", "'backends' is not a field of UserConfig; did you mean 'backend'?"),
+        ("backends: {}", "'backends' is not a field here; did you mean 'backend'?"),
         ("engine: {modle: x}", "did you mean 'model'?"),
         ("engine: builtin", "must hold mappings"),
         ("- a", "must hold mappings"),

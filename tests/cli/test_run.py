@@ -159,6 +159,7 @@ def test_a_bad_checkpoint_is_one_line(cli: Cli, tmp_path: Path, how: str) -> Non
         (["-p", "hi", "-n", "0"], "invalid_argument", "max_tokens must be"),
         (["-p", "hi", "--preset", "wild"], "invalid_argument", "unknown preset 'wild'"),
         (["-p", "hi", "--strategy", "magic"], "invalid_argument", "strategy must be"),
+        (["-p", "hi", "--api-key", "k"], "invalid_argument", "--api-key is for the server of --url"),
         (["-p", "hi", "--num-beams", "2", "--temperature", "1"], "invalid_argument", "temperature must be 0"),
         (["-p", "hi", "--raw", "--system", "x"], "invalid_argument", "--system needs the chat template"),
     ],

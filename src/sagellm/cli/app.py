@@ -65,7 +65,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Answer one prompt, streaming."""
-    if remote.url is not None:
+    if remote.is_wanted:
         from sagellm.cli.remote import run_on_server
 
         run_on_server(prompt, remote, engine, sampling, raw=raw, system=system, as_json=json)
@@ -82,7 +82,7 @@ def chat(engine: EngineFlags, sampling: SamplingFlags, remote: RemoteFlags, syst
 
     Here, or with `--url` on a server. Ctrl-C ends an answer, Ctrl-D the conversation.
     """
-    if remote.url is not None:
+    if remote.is_wanted:
         from sagellm.cli.remote import chat_with_server
 
         chat_with_server(remote, engine, sampling, system=system)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,6 +92,16 @@ class RemoteFlags:
     api_key: Annotated[str | None, typer.Option(help="Of that server, if it wants one.", envvar="SAGELLM_API_KEY")] = (
         None
     )
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a server is to answer. Raises `InvalidArgumentError` for a key of none."""
+        # One from the environment lies there for whichever command has use for it.
+        if self.url is None and self.api_key not in (None, os.environ.get("SAGELLM_API_KEY")):
+            from sagellm.cli.server_client import make_error
+
+            raise make_error("invalid_argument", "--api-key is for the server of --url; give that too")
+        return self.url is not None
 
 
 @dataclass(frozen=True)
