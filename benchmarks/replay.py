@@ -6,16 +6,17 @@
 
 Each run starts its own child processes, so that every policy begins with cold caches; with `--rounds` the policies take
 turns, since machines are noisy. `routing` replays the same requests at the same times and compares the times to the
-first token. `slo` gives every other request a tight objective and raises the rate until less than 90 % of the requests
-meet theirs: the highest rate before is the goodput. `fair` lets one tenant flood the queue while another always has a
-few requests waiting, and follows the service that both have got (a token of a prompt counts 1, one of an answer 2)
-against the bound of the virtual token counter (Sheng et al., OSDI 2024).
+first token. `slo` gives every other request a tight objective, by what prompts take on idle engines of this hour, and
+looks for the highest rate at which 90 % of the requests meet theirs: the goodput. `fair` lets one tenant flood the
+queue while another always has a few requests waiting, and follows the service that both have got (a token of a prompt
+counts 1, one of an answer 2) against the bound of the virtual token counter (Sheng et al., OSDI 2024).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import itertools
 import json
 import statistics
@@ -29,6 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from compare import locked
 from sagellm_benchmark.serve.arrivals import random_times, recorded_times
 from sagellm_benchmark.serve.prompts import LoadRequest, fit_into, trace_requests
 from sagellm_benchmark.serve.vocabulary import Vocabulary
@@ -38,6 +40,8 @@ from sagellm_control_plane.clients.process import ProcessEngineClient
 from sagellm_protocol import SLO, Request, SageLLMError, SamplingParams
 
 ATTAINED = 0.9
+GIVEN_UP = 0.7  # share of objectives; a policy below it at two rates in a row is not asked for higher ones
+LOOSE = 10  # times the tight objective
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1, 2
 
 
@@ -171,27 +175,80 @@ async def compare_routing(arguments: argparse.Namespace) -> list[dict[str, Any]]
 
 
 async def compare_goodput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The highest rate at which 90 % of the requests meet their objective, by policy."""
+    """The highest rate at which 90 % of the requests meet their objective, by policy.
+
+    A round goes through all rates, and at each through all policies; rounds count by their medians.
+    """
     wanted = load(arguments, arguments.requests)
-    objectives = [SLO(ttft_ms=arguments.ttft_ms), SLO(ttft_ms=10 * arguments.ttft_ms)]
+    ttft_ms = arguments.ttft_ms or arguments.ttft_times * await idle_ttft_ms(arguments, wanted)
+    objectives = [SLO(ttft_ms=ttft_ms), SLO(ttft_ms=LOOSE * ttft_ms)]
     requests = [as_request(arguments.model, entry, slo=objectives[number % 2]) for number, entry in enumerate(wanted)]
-    met: dict[str, dict[float, float]] = {name: {} for name in arguments.scheduling}
-    for rate in arguments.rates:
-        shares: dict[str, list[float]] = {
-            name: [] for name in met if all(old >= ATTAINED for old in met[name].values())
-        }
-        for name in arguments.rounds * list(shares):
-            shares[name].append(await attainment(arguments, name, requests, times_at(wanted, rate, arguments)))
-        for name, of_name in shares.items():
-            met[name][rate] = statistics.median(of_name)
+    rounds: dict[str, list[dict[float, float]]] = {name: [] for name in arguments.scheduling}
+    for _ in range(arguments.rounds):
+        for name in rounds:
+            rounds[name].append({})
+        for rate in arguments.rates:
+            times = times_at(wanted, rate, arguments)
+            last = {name: [1.0, 1.0, *of_name[-1].values()][-2:] for name, of_name in rounds.items()}
+            left = [name for name, shares in last.items() if max(shares) >= GIVEN_UP]
+            with locked(arguments.lock if left else None, fcntl.LOCK_EX):
+                for name in left:
+                    share = rounds[name][-1][rate] = await attainment(arguments, name, requests, times)
+                    print(f"{rate:g} a second, {name}: {share:.3f} of the objectives are met", flush=True)
+    found = {name: [highest_rate(shares) for shares in of_name] for name, of_name in rounds.items()}
+    base = found[arguments.scheduling[0]]
     return [
         {
             "scheduling": name,
-            **{f"met at {rate:g}/s": round(share, 3) for rate, share in shares.items()},
-            "goodput_per_s": max((rate for rate, share in shares.items() if share >= ATTAINED), default=0.0),
+            "tight_ms": ttft_ms,
+            "goodput_per_s": highest_rate(together(of_name)),
+            "of_rounds": [round(rate, 1) for rate in found[name]],
+            "to_first": statistics.median(map(_ratio, found[name], base)),
+            **{f"met at {rate:g}/s": share for rate, share in together(of_name).items()},
         }
-        for name, shares in met.items()
+        for name, of_name in rounds.items()
     ]
+
+
+async def idle_ttft_ms(arguments: argparse.Namespace, wanted: Sequence[LoadRequest]) -> float:
+    """The time to the first token that nine of ten requests stay within if each has the engines to itself."""
+    with locked(arguments.lock, fcntl.LOCK_EX):
+        async with Fleet(arguments) as manager:
+            requests = [as_request(arguments.model, entry) for entry in wanted[: arguments.idle_requests]]
+            ttfts = sorted([(await ask(manager, request)).ttft_s for request in requests])
+    return 1e3 * ttfts[int(ATTAINED * (len(ttfts) - 1))]
+
+
+def _ratio(rate: float, base: float) -> float:
+    return rate / base if base else float("nan")
+
+
+def together(rounds: Sequence[dict[float, float]]) -> dict[float, float]:
+    """The median share of the rounds, by rate; one that gave up before counts with its last share."""
+    rates = sorted({rate for shares in rounds for rate in shares})
+    return {rate: statistics.median(shares.get(rate, min(shares.values())) for shares in rounds) for rate in rates}
+
+
+def highest_rate(shares: dict[float, float]) -> float:
+    """The rate at which the share of objectives that are met falls below 90 %, between the rates that were tried.
+
+    More load can't be better, so shares that rise with the rate are noise: neighbours out of order are averaged (Ayer
+    and others, An empirical distribution function for sampling with incomplete information, 1955). Of a policy that
+    always stays above, the highest rate tried; of one that never gets there, 0.
+    """
+    blocks: list[tuple[float, list[float]]] = []  # a share, and the rates that have it
+    for rate in sorted(shares):
+        share, rates = shares[rate], [rate]
+        while blocks and blocks[-1][0] < share:
+            other, others = blocks.pop()
+            share = (share * len(rates) + other * len(others)) / (len(rates) + len(others))
+            rates = others + rates
+        blocks.append((share, rates))
+    points = [(rate, share) for share, rates in blocks for rate in rates]
+    for (rate, share), (higher, less) in itertools.pairwise(points):
+        if share >= ATTAINED > less:
+            return rate + (higher - rate) * (share - ATTAINED) / (share - less)
+    return points[-1][0] if points[-1][1] >= ATTAINED else 0.0
 
 
 async def attainment(
@@ -293,7 +350,11 @@ def main() -> None:
         "--recorded", action="store_true", help="with a rate: the trace's times, sped up, not random ones"
     )
     parser.add_argument("--rates", type=numbers, default=[1, 2, 3, 4, 6, 8], help="slo: rates to try, ascending")
-    parser.add_argument("--ttft-ms", type=float, default=1000, help="slo: the tight objective; the other: 10 times")
+    parser.add_argument("--ttft-ms", type=float, help="slo: the tight objective; the other: 10 times")
+    parser.add_argument(
+        "--ttft-times", type=float, default=3.0, help="slo: without it, so many times what idle engines take"
+    )
+    parser.add_argument("--idle-requests", type=int, default=100, help="slo: requests that tell what those take")
     parser.add_argument("--seconds", type=float, default=30, help="fair: how long")
     parser.add_argument("--input-len", type=int, default=64, help="fair: tokens of a prompt")
     parser.add_argument("--output-len", type=int, default=32, help="fair: tokens of an answer")
@@ -302,6 +363,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=1, help="routing, slo: runs of each policy, in turn; medians count"
     )
+    parser.add_argument("--lock", type=Path, help="slo: file to lock while policies run at one rate (shared machines)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -310,16 +372,18 @@ def main() -> None:
     arguments.scheduling = arguments.scheduling or ["fifo", "slo_aware" if arguments.experiment == "slo" else "fair"]
     experiments = {"routing": compare_routing, "slo": compare_goodput, "fair": compare_fairness}
     rows = asyncio.run(experiments[arguments.experiment](arguments))
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*(name.replace("_", " ") for name in columns))
-    for row in rows:
-        table.add_row(*(_text(row.get(name)) for name in columns))
+    policy, *figures = dict.fromkeys(name for row in rows for name in row)
+    table = Table(policy, *(str(row[policy]) for row in rows))
+    for name in figures:
+        table.add_row(name.replace("_", " "), *(_text(row.get(name)) for row in rows))
     Console().print(table)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"arguments": vars(arguments), "rows": rows}, indent=2, default=str))
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

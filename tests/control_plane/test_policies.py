@@ -101,6 +101,23 @@ def test_least_slack_goes_first_and_hopeless_requests_go_last() -> None:
     assert order(make("slo_aware"), requests, now=2.5) == [2, 3, 1, 0]
 
 
+def test_of_equal_slack_the_shortest_goes_first() -> None:
+    fleet = Fleet()
+    fleet.add("engine")
+    policy = make("slo_aware", fleet)
+    prefill_s = policy.context.predictor.prefill_s
+    # All must start within 5 s; the second has the longest answer, the third is the shortest.
+    sizes = [(500, 100), (500, 900), (10, 10)]
+    requests = [
+        waiting(0, num_prompt=prompt, num_output=output, slo=SLO(ttft_ms=5_000 + 1e3 * prefill_s(prompt)))
+        for prompt, output in sizes
+    ]
+    assert order(policy, requests, now=1) == [2, 0, 1]
+    # Length never counts for more than the slack that a request has itself.
+    urgent = waiting(0, num_prompt=500, num_output=900, slo=SLO(ttft_ms=1_000))
+    assert order(policy, [requests[2], urgent], now=0.1) == [1, 0]
+
+
 # ---- bounds, in a simulated service ---------------------------------------------------------------------
 
 
@@ -212,7 +229,7 @@ def test_slo_aware_does_not_collapse_under_overload(seed: int) -> None:
     fifo, earliest = goodput(get_policy("fifo"), 1.2, seed), goodput(EarliestDeadline, 1.2, seed)
     aware = goodput(get_policy("slo_aware"), 1.2, seed)
     assert aware > 1.3 * max(fifo, earliest)
-    assert aware > 0.65  # 1 / 1.2 could be served at all, a tenth of that is best effort's
+    assert aware > 0.78  # 1 / 1.2 could be served at all, a tenth of that is best effort's; the longest are late
     assert goodput(get_policy("slo_aware"), 0.8, seed) > 0.98
 
 
@@ -291,7 +308,7 @@ def test_adaptive_does_not_oscillate_at_the_edge_of_saturation() -> None:
 def test_adaptive_answers_what_is_at_stake(caplog: pytest.LogCaptureFixture) -> None:
     flood = [job(n, n * 0.01, 500, 60, tenant="flood") for n in range(600)]
     normal = [job(1000 + n, n * 1.0, 500, 60, tenant="normal") for n in range(60)]
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="sagellm_control_plane"):
         assert next(new for _, _, new in adaptive_switches(flood + normal)) == "fair"
     assert "waiting requests are of the tenant 'flood'" in caplog.text
     levels = [job(n, n * 0.01, 500, 60, priority=level) for n, level in enumerate(list(RequestPriority) * 120)]

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _LOOK_EVERY_S = 0.5
 _CONVINCED_AFTER_S = 2.0  # a policy must be the better one for so long without a break,
-_CALM_AFTER_S = 30.0  # `fifo` for so long: near saturation queues come and go
+_CALM_AFTER_S = 60.0  # `fifo` for so long: near saturation queues come and go
 _STAY_S = 10.0  # between two switches
 _BUSY, _CALM = 0.25, 0.05  # waiting requests a place, above and below which a queue counts as such
 _MET, _MISSED = 0.98, 0.90  # share of objectives kept, above and below which it counts as such
@@ -38,7 +38,7 @@ class AdaptivePolicy(SchedulingPolicy):
 
     Objectives, if waiting requests have some or they were missed of late: `slo_aware`. Else tenants, if one fills the
     queue before others: `fair`. Else priorities, if they differ: `priority`. Between calm and busy, kept and missed lie
-    gaps in which nothing changes; a change of mind must last 2 seconds, calm 30, and a policy stays at least 10. Each
+    gaps in which nothing changes; a change of mind must last 2 seconds, calm 60, and a policy stays at least 10. Each
     switch is logged with its reason and told to `on_switch`. All four hear of every request, so that each has its books
     in order when its turn comes.
     """

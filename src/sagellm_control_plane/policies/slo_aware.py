@@ -1,4 +1,4 @@
-"""`slo_aware`: least slack first; a request whose objective is out of reach makes way for those that can be met."""
+"""`slo_aware`: least slack first, short ones before long ones; what is out of reach makes way for what can be met."""
 
 from __future__ import annotations
 
@@ -20,21 +20,26 @@ _INFINITY = float("inf")
 
 @dataclass(slots=True)
 class _Place:
-    """Where a waiting request stands: the latest moment to start it, and its lane."""
+    """Where a waiting request stands: the latest moment to start it, its turn among the others, and its lane."""
 
     latest: float
+    turn: float = _INFINITY
     lane: int | None = None
 
 
 class SloAwarePolicy(SchedulingPolicy):
-    """By the latest moment at which a request must start to keep its objectives.
+    """By the latest moment at which a request must start to keep its objectives, and by how long it will be served.
 
-    Slack is the time to that moment, so its order is the order of slack. The moment is predicted at arrival: the due
-    time less the request's own prefill and the delay that others had on their engines of late, and less the whole
-    answer where there is a deadline for it. Once it has passed, even a free engine would be too late: the request joins
-    those without an objective. They are served in the order of arrival, when nothing else waits, and get
-    `best_effort_share` of the places while something does. So overload costs those that could not be helped (earliest
-    deadline first serves just them, and everyone is late), and still none starves.
+    Slack is the time to that moment, which is predicted at arrival: the due time less the request's own prefill and the
+    delay that others had on their engines of late, and less the whole answer where there is a deadline for it. Once it
+    has passed, even a free engine would be too late: the request joins those without an objective. They are served in
+    the order of arrival, when nothing else waits, and get `best_effort_share` of the places while something does. So
+    overload costs those that could not be helped (earliest deadline first serves just them, and everyone is late), and
+    still none starves.
+
+    A request goes as if it had its own time of service more slack than it has, at most twice as much: where not all can
+    be in time, the fewest are late if the longest are (Moore, An n job, one machine sequencing algorithm for minimizing
+    the number of late jobs, 1968).
     """
 
     name = "slo_aware"
@@ -65,7 +70,7 @@ class SloAwarePolicy(SchedulingPolicy):
 
     def order(self, waiting: WaitingRequest, now: float) -> Key:
         place = self._places[waiting]
-        return (place.latest if place.lane == _REACHABLE else waiting.arrival_time,)
+        return (place.turn if place.lane == _REACHABLE else waiting.arrival_time,)
 
     def changes_at(self, waiting: WaitingRequest, now: float) -> float:
         place = self._places[waiting]
@@ -85,7 +90,7 @@ class SloAwarePolicy(SchedulingPolicy):
     # ---- what becomes of requests ---------------------------------------------------------------------
 
     def on_arrival(self, waiting: WaitingRequest, now: float) -> None:
-        self._places[waiting] = _Place(self._latest_start(waiting))
+        self._places[waiting] = self._place(waiting)
 
     def on_left(self, waiting: WaitingRequest, now: float) -> None:
         place = self._places.pop(waiting)
@@ -119,15 +124,16 @@ class SloAwarePolicy(SchedulingPolicy):
         share = self.context.options.best_effort_share
         return share / (1 - share)
 
-    def _latest_start(self, waiting: WaitingRequest) -> float:
+    def _place(self, waiting: WaitingRequest) -> _Place:
         if not waiting.has_objective:
-            return _INFINITY
+            return _Place(_INFINITY)
         predictor = self.context.predictor
-        start_s = predictor.prefill_s(waiting.num_prompt_tokens) + self._delay_s
-        latest = waiting.first_token_due - start_s
-        if waiting.deadline < _INFINITY:
-            latest = min(latest, waiting.deadline - start_s - predictor.decode_s(waiting.num_output_tokens))
-        return latest
+        prefill_s = predictor.prefill_s(waiting.num_prompt_tokens)
+        decode_s = predictor.decode_s(waiting.num_output_tokens)
+        start_s = prefill_s + self._delay_s
+        latest = min(waiting.first_token_due, waiting.deadline - decode_s) - start_s
+        slack_s = max(0.0, latest - waiting.arrival_time)
+        return _Place(latest, latest + min(prefill_s + decode_s, slack_s))
 
     def _leave_lane(self, place: _Place) -> None:
         if place.lane is not None:
