@@ -1,11 +1,15 @@
 """Engines killed at random under streams: nothing may be lost, doubled or changed.
 
     python benchmarks/chaos.py [--seconds 120] [--engines 3] [--streams 16] [--every 3] [--signal KILL|STOP|both]
+        [--poison 10]
 
 First one engine alone answers every prompt: the answers that have to come out. Then the control plane runs that many
 child processes, keeps that many streams going, and every few seconds a random engine gets the signal: KILL ends it,
 STOP hangs it. Each stream's text and tokens are compared with the undisturbed ones, token by token; the longest pause
-between two tokens of a stream is what its reader saw of it. Ends with 1 if a request failed or a token differs.
+between two tokens of a stream is what its reader saw of it. With `--poison` so many requests come besides, spread over
+the time, of which each kills whatever engine computes it: with SIGSEGV, an abort, an exit or a loop without an end, at
+its first token or a later one. Ends with 1 if any other request failed, a token differs, or one of these was not
+refused or took more than three engines with it.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +33,58 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sagellm_control_plane import ControlPlaneManager, EngineConfig
-from sagellm_control_plane.clients.process import ProcessEngineClient
+from sagellm_control_plane import ControlPlaneManager, EngineConfig, engine_process
+from sagellm_control_plane.clients.process import ENGINE_COMMAND, ProcessEngineClient
 from sagellm_control_plane.config import ControlPlaneConfig
 from sagellm_control_plane.lifecycle_config import LifecycleConfig
 from sagellm_core import LLMEngine
-from sagellm_protocol import DecodingStrategy, Request, SamplingParams
+from sagellm_core.config import LLMEngineConfig
+from sagellm_protocol import (
+    DecodingStrategy,
+    ErrorCode,
+    Request,
+    SageLLMError,
+    SamplingParams,
+    StreamEvent,
+    StreamEventDelta,
+)
 
 SUBJECTS = ("a dragon", "the sea", "a lost key", "two cats", "an old clock", "the moon", "a train", "winter")
+ENGINE = "engine"  # the first argument of a child that poison can kill
+ENDS = ("SEGV", "ABRT", "exit", "loop")
+MOST_KILLED = 3  # engines that one request may take with it
+
+
+class PoisonedEngine(LLMEngine):
+    """Dies of prompts that say so: `poison SEGV 3` with the fourth token. Writes down who has killed whom."""
+
+    async def stream(  # type: ignore[override]  # requests are all that comes here
+        self, request: Request, /
+    ) -> AsyncGenerator[StreamEvent, None]:
+        words = str(request.prompt).split()
+        is_poison, num_tokens = words[0] == "poison", 0
+        if request.resume_from is not None and request.resume_from.output_token_ids:
+            num_tokens = len(request.resume_from.output_token_ids[0])
+        async for event in super().stream(request):
+            num_tokens += len(event.chunk_tokens) if isinstance(event, StreamEventDelta) else 0
+            if is_poison and num_tokens > int(words[2]):
+                with open(os.environ["CHAOS_KILLED"], "a", encoding="utf-8") as file:
+                    file.write(f"{request.request_id} {os.getpid()}\n")
+                _end_as(words[1])
+            yield event
+
+
+def _end_as(how: str) -> None:
+    if how == "exit":
+        os._exit(3)
+    while how == "loop":
+        pass
+    os.kill(os.getpid(), getattr(signal, f"SIG{how}"))
+
+
+def make_poisoned_engine(config: LLMEngineConfig) -> PoisonedEngine:
+    """What the child processes run where there is poison."""
+    return PoisonedEngine(config)
 
 
 @dataclass(slots=True)
@@ -49,10 +98,14 @@ class Outcome:
     pauses_s: list[float] = field(default_factory=list)  # the longest of each stream
     signals: Counter[str] = field(default_factory=Counter)
     moved: int = 0  # requests that changed their engine
+    struck: set[int] = field(default_factory=set)  # processes that got one
+    poison: Counter[str] = field(default_factory=Counter)  # what became of such requests
+    killed: Counter[int] = field(default_factory=Counter)  # engines that one took with it: how many did so
 
     @property
     def is_clean(self) -> bool:
-        return self.answered > 0 and not self.failed and not self.wrong
+        is_contained = set(self.poison) <= {ErrorCode.INTERNAL.value} and max(self.killed, default=0) <= MOST_KILLED
+        return self.answered > 0 and not self.failed and not self.wrong and is_contained
 
 
 def requests(model: str, num_tokens: int) -> list[Request]:
@@ -110,21 +163,37 @@ async def read(
     outcome.wrong += (text, tokens) != right[number]
 
 
+async def poison(manager: ControlPlaneManager, number: int, outcome: Outcome) -> None:
+    """A request that kills, and what is said of it in the end."""
+    prompt = f"poison {ENDS[number % len(ENDS)]} {number * 3 % 7}"
+    sampling = SamplingParams(max_tokens=20, temperature=0.9, seed=number, ignore_eos=True)
+    request = Request(request_id=f"poison-{number}", prompt=prompt, sampling_params=sampling, stream=True)
+    try:
+        async for event in manager.stream_request(request):
+            if event.event == "end":
+                outcome.poison["answered" if event.error is None else event.error.code.value] += 1
+    except SageLLMError as error:
+        outcome.poison[error.code.value] += 1
+
+
 async def disturb(
     manager: ControlPlaneManager,
     signals: list[signal.Signals],
     every_s: float,
+    end: float,
     choices: random.Random,
     outcome: Outcome,
 ) -> None:
-    """Send a signal to a random running engine, again and again."""
-    while True:
+    """Send a signal to a random running engine, again and again until `end`."""
+    while time.monotonic() < end:
         await asyncio.sleep(every_s)
         running = [info for info in manager.list_engines() if info.state.value == "ready" and info.pid]
         if running:
             which = choices.choice(signals)
-            os.kill(choices.choice(running).pid or 0, which)
+            pid = choices.choice(running).pid or 0
+            os.kill(pid, which)
             outcome.signals[which.name] += 1
+            outcome.struck.add(pid)
 
 
 async def run(arguments: argparse.Namespace) -> Outcome:
@@ -136,12 +205,22 @@ async def run(arguments: argparse.Namespace) -> Outcome:
     signals = {"KILL": [signal.SIGKILL], "STOP": [signal.SIGSTOP], "both": [signal.SIGKILL, signal.SIGSTOP]}
     engines = [EngineConfig(kind="cpu", model=arguments.model, options=options) for _ in range(arguments.engines)]
     # Engines that hang are found by their silence; where one hangs every three seconds, ten are too long to wait.
-    lifecycle = LifecycleConfig(hang_timeout_s=arguments.hang_timeout, probe_interval_s=0.3, probe_timeout_s=0.4)
+    # Nor is one to be given up because it was killed again before it had worked.
+    lifecycle = LifecycleConfig(
+        hang_timeout_s=arguments.hang_timeout,
+        probe_interval_s=0.3,
+        probe_timeout_s=0.4,
+        max_restart_backoff_s=1.0,
+        max_restarts=1000,
+    )
     with tempfile.TemporaryDirectory() as folder:
+        killed = Path(folder) / "killed"
+        os.environ["CHAOS_KILLED"] = str(killed)
+        command = (sys.executable, __file__, ENGINE) if arguments.poison else ENGINE_COMMAND
         manager = ControlPlaneManager(
             engine_configs=engines,
             config=ControlPlaneConfig(lifecycle=lifecycle),
-            make_engine=lambda config: ProcessEngineClient(config, run_dir=Path(folder)),
+            make_engine=lambda config: ProcessEngineClient(config, run_dir=Path(folder), command=command),
         )
         async with manager:
             end = time.monotonic() + arguments.seconds
@@ -150,13 +229,25 @@ async def run(arguments: argparse.Namespace) -> Outcome:
                 while time.monotonic() < end:
                     await read(manager, wanted, right, choices, outcome)
 
-            chaos = asyncio.create_task(disturb(manager, signals[arguments.signal], arguments.every, choices, outcome))
-            await asyncio.gather(*(keep_reading() for _ in range(arguments.streams)))
+            chaos = asyncio.create_task(
+                disturb(manager, signals[arguments.signal], arguments.every, end, choices, outcome)
+            )
+
+            async def poison_later(number: int) -> None:
+                await asyncio.sleep(number * 0.8 * arguments.seconds / arguments.poison)
+                await poison(manager, number, outcome)
+
+            streams = (keep_reading() for _ in range(arguments.streams))
+            await asyncio.gather(*streams, *map(poison_later, range(arguments.poison)))
             chaos.cancel()
             left = [info for info in manager.list_engines() if info.num_requests or info.num_tokens]
             if left or manager.num_waiting:
                 outcome.failed[f"the ledger does not return to zero: {left}"] += 1
             outcome.moved = sum(event.kind == "moved" for event in manager.events.recent())
+        if arguments.poison:
+            kills = [line.split() for line in killed.read_text(encoding="utf-8").splitlines()]
+            killers = Counter(killer for killer, pid in kills if int(pid) not in outcome.struck)
+            outcome.killed = Counter(killers.values())
     return outcome
 
 
@@ -170,6 +261,8 @@ def show(outcome: Outcome, arguments: argparse.Namespace) -> None:
         "wrong": outcome.wrong,
         "tokens": outcome.tokens,
         "moved": outcome.moved,
+        "poison": dict(outcome.poison),
+        "requests_by_engines_killed": dict(outcome.killed),
         "pause_p50_s": statistics.median(pauses) if pauses else None,
         "pause_p99_s": pauses[int(0.99 * (len(pauses) - 1))] if pauses else None,
         "pause_max_s": pauses[-1] if pauses else None,
@@ -184,6 +277,9 @@ def show(outcome: Outcome, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Read the flags, run, and say by the exit status whether all went well."""
+    if sys.argv[1:2] == [ENGINE]:
+        engine_process.main(make_poisoned_engine)
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--seconds", type=float, default=120)
@@ -191,6 +287,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--every", type=float, default=3, help="seconds between two signals")
     parser.add_argument("--signal", choices=("KILL", "STOP", "both"), default="KILL")
+    parser.add_argument("--poison", type=int, default=0, help="requests that kill their engine")
     parser.add_argument("--hang-timeout", type=float, default=1.5, help="silence until an engine is lost")
     parser.add_argument("--tokens", type=int, default=400, help="most tokens of an answer")
     parser.add_argument("--seed", type=int, default=0)

@@ -42,12 +42,16 @@ class LoopClock:
     The machine's clock is asked itself where the loop goes by it: it is finer (uvloop counts milliseconds) and cheaper.
     """
 
-    def __init__(self) -> None:
-        self._read: Callable[[], float] = self._first
-
     def now(self) -> float:
         """Seconds of the loop's clock."""
-        return self._read()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # none runs yet
+            return time.monotonic()
+        is_usual = abs(loop.time() - time.monotonic()) < _SAME_CLOCK_S
+        # From here on in place of this method: a request asks half a dozen times.
+        self.now = time.monotonic if is_usual else loop.time  # type: ignore[method-assign]
+        return self.now()
 
     async def sleep(self, delay_s: float, /) -> None:
         """As `asyncio.sleep`."""
@@ -56,12 +60,3 @@ class LoopClock:
     def call_later(self, delay_s: float, callback: Callable[..., Any], /, *args: Any) -> TimerHandle:
         """As the running loop's; `RuntimeError` outside of one."""
         return asyncio.get_running_loop().call_later(delay_s, callback, *args)
-
-    def _first(self) -> float:
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # none runs yet
-            return time.monotonic()
-        is_usual = abs(loop.time() - time.monotonic()) < _SAME_CLOCK_S
-        self._read = time.monotonic if is_usual else loop.time
-        return self._read()

@@ -48,13 +48,14 @@ class ParallelismConfig(EdgeModel):
 class FailoverConfig(EdgeModel):
     """What becomes of the requests of an engine that dies, hangs or loses its connection.
 
-    They go on elsewhere behind the last token that was delivered. A request is taken for poison when it loses
-    `max_losses` engines in a row without having made a token on any but the first, and nothing else may be the reason;
-    otherwise one more. Engines that are drained don't count.
+    They go on elsewhere behind the last token that was delivered. A request that loses `max_losses` engines in a row
+    without having got further on any but the first is refused as poison if nobody else there had lost one before;
+    otherwise it runs on alone, and one more condemns it. Engines that are drained, or that a signal from outside
+    ended or stopped, don't count.
     """
 
     enabled: bool = Field(default=True, description="off: such requests end with an error")
-    max_moves: int = Field(default=32, ge=0, description="of one request, for whatever reason")
+    max_moves: int = Field(default=32, ge=0, description="of one request in a row, without a token made in between")
     max_losses: int = Field(default=2, ge=1, description="of engines in a row, without getting any further: poison")
 
 

@@ -24,13 +24,15 @@ from sagellm_control_plane.ticket import Stay, Ticket
 from sagellm_protocol import SageLLMError
 
 _ALONE = "the only one"
+_NO_ROWS: Rows = np.empty(0, np.intp)
 
 
 class Dispatcher:
     """The queue in front of the engines, and the places on them. Belongs to one event loop.
 
     A request that lost its engine had a place already: it goes before all that wait, and is never refused for want of
-    room. While it may be what killed that engine, no other such request goes where it goes.
+    room. While it may be what killed that engine, no other such request goes where it goes, and nobody at all where it
+    found nobody. An isolated one waits for that: the engine with the fewest requests takes no others until it is empty.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Dispatcher:
         self.queue = WaitQueue(policy, max_num_waiting)
         self._tickets: set[Ticket] = set()  # those in the queue
         self._moved: deque[Ticket] = deque()  # those that lost their engine and have no other yet
+        self._isolated: dict[Destination, Ticket] = {}  # who waits for an engine of its own, or has it
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_dispatching = False
 
@@ -100,10 +103,15 @@ class Dispatcher:
             ticket.trace.first_token_at = now
         ticket.num_unserved_tokens = 0
         self._pool.fleet.first_token(stay.booking)
-        ticket.is_suspect, ticket.num_losses = False, 0
-        if stay.is_trial:
-            stay.is_trial = False
-            self.dispatch()  # the next suspect may come
+        ticket.num_moves = 0
+
+    def acquit(self, ticket: Ticket) -> None:
+        """Its trial is over: it does not kill."""
+        assert ticket.stay is not None, "only who has an engine is on trial"
+        ticket.stay.is_trial = False
+        ticket.acquit()
+        self._release(ticket)
+        self.dispatch()  # the next suspect may come
 
     def tokens(self, ticket: Ticket, num_tokens: int) -> None:
         """Its engine has made so many tokens more."""
@@ -120,6 +128,7 @@ class Dispatcher:
         if stay.hand_over is not None:  # given up in its midst
             self._pool.leave(stay.hand_over.source, is_ok=None)
         row = stay.engine.row
+        self._release(ticket)
         self._pool.leave(stay, is_ok=is_engine_ok(error) if error is not None else is_answered or None)
         if row is not None:
             self._router.on_ended(ticket.routed, row)
@@ -140,6 +149,9 @@ class Dispatcher:
             self.queue.remove(ticket, self._clock.now())
         elif ticket in self._moved:
             self._moved.remove(ticket)
+            if ticket.reserved is not None:
+                self._release(ticket)
+                self._running_loop().call_soon(self.dispatch)  # and not in the midst of what the caller does
 
     def refuse(self, ticket: Ticket, error: SageLLMError) -> None:
         """It waits no more, and is told why."""
@@ -198,15 +210,50 @@ class Dispatcher:
             self.refuse(ticket, error)
 
     def _try_moved(self, ticket: Ticket, now: float) -> None:
+        rows = self._own_row(ticket) if ticket.is_isolated else self._rows_for_moved(ticket)
+        if not len(rows):
+            return
+        self._moved.remove(ticket)
+        ticket.avoided = None
+        self._grant(ticket, rows, now)
+        if ticket.stay is None:
+            self._release(ticket)
+        elif ticket.is_suspect and ticket.stay.engine.num_requests == 1:
+            self._reserve(ticket, ticket.stay.engine)
+
+    def _rows_for_moved(self, ticket: Ticket) -> Rows:
         rows = self._pool.free_rows(ticket.destination)
         if ticket.avoided is not None:
             rows = rows[rows != ticket.avoided.row]
-        if ticket.is_suspect:
-            rows = np.array([row for row in rows if not self._pool.has_trial(row)], np.intp)
-        if len(rows):
-            self._moved.remove(ticket)
-            ticket.avoided = None
-            self._grant(ticket, rows, now)
+        if not ticket.is_suspect:
+            return rows
+        rows = np.array([row for row in rows if not self._pool.has_trial(row)], np.intp)
+        empty = rows[self._pool.fleet.num_requests[rows] == 0]
+        clear = np.array([row for row in rows if not self._pool.has_suspect(row)], np.intp)
+        return next((some for some in (empty, clear) if len(some)), rows)
+
+    def _own_row(self, ticket: Ticket) -> Rows:
+        """The row of the engine that is reserved for a request, once that is ready and empty; one after the other."""
+        if self._isolated.get(ticket.destination, ticket) is not ticket:
+            return _NO_ROWS
+        self._release(ticket)
+        engine = self._pool.emptiest(ticket.destination, ticket.avoided)
+        if engine is None:
+            return _NO_ROWS
+        self._reserve(ticket, engine)
+        self._isolated[ticket.destination] = ticket
+        return np.array([engine.row], np.intp) if engine.is_open and not engine.num_requests else _NO_ROWS
+
+    def _reserve(self, ticket: Ticket, engine: ManagedEngine) -> None:
+        self._pool.reserve(engine, is_reserved=True)
+        ticket.reserved = engine
+
+    def _release(self, ticket: Ticket) -> None:
+        if ticket.reserved is not None:
+            self._pool.reserve(ticket.reserved, is_reserved=False)
+            ticket.reserved = None
+            if self._isolated.get(ticket.destination) is ticket:
+                del self._isolated[ticket.destination]
 
     def _grant(self, ticket: Ticket, rows: Rows, now: float) -> None:
         if ticket.granted is not None and ticket.granted.cancelled():  # and its task has not run yet
@@ -242,7 +289,9 @@ class Dispatcher:
         ticket.trace.stays.append(trace)
         num_expected_tokens = ticket.num_prompt_tokens + ticket.num_output_tokens
         booking, pull = ticket.new_booking(choice.num_cached_tokens), Pull(self._running_loop())
-        return Stay(engine, booking, engine.generation, num_expected_tokens, trace, pull, is_trial=ticket.is_suspect)
+        stay = Stay(engine, booking, engine.generation, num_expected_tokens, trace, pull, is_trial=ticket.is_suspect)
+        stay.num_losses = ticket.num_losses
+        return stay
 
     def _begin_hand_over(self, ticket: Ticket, stay: Stay, source: tuple[int, int], now: float) -> None:
         """Let another engine compute the prompt for the one that was chosen."""
@@ -251,6 +300,7 @@ class Dispatcher:
         trace = StayTrace(engine.engine_id, now, choice, num_candidates=1)
         booking, pull = ticket.new_booking(num_cached_tokens), Pull(self._running_loop())
         prefill = Stay(engine, booking, engine.generation, ticket.routed.num_prompt_tokens, trace, pull)
+        prefill.num_losses = ticket.num_losses
         self._pool.enter(prefill)
         token_ids = prompt_token_ids(ticket.request)
         assert token_ids is not None, "only prompts with known tokens are handed over"

@@ -88,6 +88,7 @@ class ManagedEngine:
     is_given_up: bool = False  # until an operator starts it
     is_yielding: bool = False  # it leaves memory to another model, whatever is wanted of it
     is_stuck: bool = False  # it hangs and could not be killed: still in memory
+    is_reserved: bool = False  # for one request, which is to be alone there: it takes no other
     loss: SageLLMError | None = None  # it died, and what is left of it has to be put away
     on_left: Callable[[ManagedEngine], None] | None = None
     breaker: CircuitBreaker = field(init=False)
@@ -115,7 +116,12 @@ class ManagedEngine:
 
     @property
     def takes_requests(self) -> bool:
-        """Whether a request may go to it now, as far as its state is concerned; the ledger knows its places."""
+        """Whether any request may go to it now, as far as its state is concerned; the ledger knows its places."""
+        return not self.is_reserved and self.is_open
+
+    @property
+    def is_open(self) -> bool:
+        """Likewise, for the request that it is reserved for."""
         return self.state is _READY and not self.health.is_doubted and self.breaker.allows
 
     @property

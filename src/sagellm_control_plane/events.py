@@ -7,7 +7,6 @@ any number of slow readers cost nothing; one that falls behind the ring is told 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
@@ -90,11 +89,6 @@ class EventHub:
     def recent(self) -> list[ControlEvent]:
         """Those that are still kept, oldest first."""
         return list(self._ring)
-
-    def num_since(self, kind: EventKind, at: float) -> int:
-        """How many of a kind have come since `at`, of those that are still kept."""
-        late = itertools.takewhile(lambda event: event.at >= at, reversed(self._ring))
-        return sum(event.kind is kind for event in late)
 
     async def follow(self, first: int | None = None) -> AsyncGenerator[tuple[ControlEvent, int], None]:
         """Events from number `first` on (None: from now on), each with how many were lost just before it; no end."""

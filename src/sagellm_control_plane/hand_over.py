@@ -8,9 +8,8 @@ from typing import Any
 
 from sagellm_control_plane.clients.base import EngineLostError, PrefixTransfer
 from sagellm_control_plane.clock import Clock
-from sagellm_control_plane.config import FailoverConfig
 from sagellm_control_plane.events import EventHub, EventKind
-from sagellm_control_plane.failover import is_engine_ok, poison_error
+from sagellm_control_plane.failover import is_engine_ok
 from sagellm_control_plane.pd import PhaseRouter
 from sagellm_control_plane.pool import EnginePool
 from sagellm_control_plane.ticket import Stay, Ticket
@@ -31,26 +30,25 @@ class HandOver:
 class PrefixCourier:
     """Lets one engine compute a prompt and another have it. Belongs to one event loop."""
 
-    def __init__(
-        self, phases: PhaseRouter | None, pool: EnginePool, events: EventHub, config: FailoverConfig, clock: Clock
-    ) -> None:
+    def __init__(self, phases: PhaseRouter | None, pool: EnginePool, events: EventHub, clock: Clock) -> None:
         self._phases = phases
         self._pool = pool
         self._events = events
-        self._config = config
         self._clock = clock
 
     async def carry(self, ticket: Ticket, stay: Stay) -> None:
         """Fill the cache of a stay's engine with the request's prompt. Whatever fails, that engine can compute itself.
 
         Raises `EngineLostError` where it is the stay's own engine that is lost, `DeadlineExceededError` where time is
-        up, `InternalError` for a request that has killed too many engines.
+        up.
         """
         hand_over, began_at, num_tokens = stay.hand_over, self._clock.now(), 0
         assert hand_over is not None, "nothing to carry"
         try:
             blocks = await self._computed(ticket.request, hand_over)
         except SageLLMError as error:
+            if isinstance(error, EngineLostError):
+                self._pool.supervisor.lost(hand_over.source.engine, hand_over.source.generation, error)
             self._part(stay, hand_over.source, error)
             if isinstance(error, DeadlineExceededError):
                 raise
@@ -103,12 +101,9 @@ class PrefixCourier:
             engine_id=engine_id,
             request_id=request_id,
         )
-        if isinstance(error, EngineLostError):
-            self._pool.supervisor.lost(source.engine, source.generation, error)
+        if source.num_suspects:  # the engine was lost
             stay.is_trial = ticket.is_suspect = True
-            ticket.num_losses += 1
-            if ticket.num_losses > self._config.max_losses:
-                raise poison_error(ticket, error)
+            ticket.num_losses = stay.num_losses = source.num_losses + 1
 
 
 def prefill_request(request: Request) -> Request:

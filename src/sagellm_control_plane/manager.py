@@ -338,6 +338,11 @@ class ControlPlaneManager:
     # ---- information ----------------------------------------------------------------------------------
 
     @property
+    def max_model_len(self) -> int:
+        """The longest context of all engines, in tokens; 0 without any."""
+        return self._pool.max_model_len
+
+    @property
     def num_waiting(self) -> int:
         """Requests in the queue in front of the engines."""
         return self._dispatcher.num_waiting

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sagellm_control_plane.clients.base import EngineClient, EngineLostError
+from sagellm_control_plane.clients.base import EngineClient, EngineLostError, Witnessed
 from sagellm_control_plane.clock import Clock
 from sagellm_control_plane.config import ControlPlaneConfig
 from sagellm_control_plane.engines import ManagedEngine, Wanted
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from sagellm_core.engine_core.report import EngineReport, EngineStats
 
 _NO_ROWS: Rows = np.empty(0, np.intp)
+
+# More than a request can lose: what is asked is whether some died that it has never seen.
+_MAX_DEATHS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,8 @@ class EnginePool:
         self._stays: dict[ManagedEngine, set[Stay]] = {}
         self._serving: dict[tuple[str, RequestType | None], Serving] = {}  # until something changes
         self._open_rows: dict[Destination, Rows] = {}  # likewise
+        self._max_model_len: int | None = None  # likewise
+        self._died_at: deque[float] = deque(maxlen=_MAX_DEATHS)
 
     # ---- engines --------------------------------------------------------------------------------------
 
@@ -106,6 +113,14 @@ class EnginePool:
     def add(self, instance: ExecutionInstance, client: EngineClient, *, is_configured: bool = False) -> None:
         """Take an engine in; it loads when it is started or woken."""
         self.supervisor.add(instance, client, is_configured=is_configured)
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest context of all engines, in tokens; 0 without any."""
+        if self._max_model_len is None:
+            engines = self.supervisor.engines.values()
+            self._max_model_len = max((engine.client.config.max_model_len for engine in engines), default=0)
+        return self._max_model_len
 
     def at(self, row: int) -> ManagedEngine:
         """The engine of a row."""
@@ -215,9 +230,37 @@ class EnginePool:
         if stay.engine.row is not None:
             self.fleet.grant(stay.engine.row, booking)
 
+    def num_died_since(self, at: float) -> int:
+        """Engines lost since then, but for those that a signal from outside ended or stopped."""
+        return sum(died_at >= at for died_at in self._died_at)
+
     def has_trial(self, row: int) -> bool:
-        """Whether an engine has a request that has just lost another one and made no token yet."""
+        """Whether an engine has a request that may have killed another one and made no token yet."""
         return any(stay.is_trial for stay in self._stays[self._by_row[row]])
+
+    def has_suspect(self, row: int) -> bool:
+        """Whether an engine has a request that has lost another one and got no further yet."""
+        return any(stay.num_losses_before for stay in self._stays[self._by_row[row]])
+
+    def reserve(self, engine: ManagedEngine, *, is_reserved: bool) -> None:
+        """Let an engine take no request but one, or all again."""
+        engine.is_reserved = is_reserved
+        self._forget_ways()
+
+    def emptiest(self, destination: Destination, avoided: ManagedEngine | None) -> ManagedEngine | None:
+        """The engine with the fewest requests that takes such ones, or will; None where there is none."""
+        model, kind = destination
+        coming = [
+            engine
+            for engine in self.supervisor.engines.values()
+            if engine.may_take_requests
+            and engine.serves(model, kind)
+            and engine is not avoided
+            and not engine.is_reserved
+            and not engine.is_stuck
+            and engine.row is not None
+        ]
+        return min(coming, key=lambda engine: (engine.num_requests, not engine.is_open), default=None)
 
     # ---- what the supervisor says ---------------------------------------------------------------------
 
@@ -258,9 +301,12 @@ class EnginePool:
         self._forget_ways()
         lost = error if isinstance(error, EngineLostError) else EngineLostError(error.message, context=error.context)
         stays = list(self._stays.get(engine, ()))
-        num_silent = sum(not stay.trace.num_output_tokens for stay in stays)
+        is_struck = isinstance(engine.client, Witnessed) and engine.client.is_struck
+        if not is_struck:
+            self._died_at.append(self._clock.now())
+        num_losses = sorted(stay.num_losses_before for stay in stays)
         for stay in stays:
-            stay.had_company = num_silent > 1
+            stay.num_suspects = 0 if is_struck else len(stays) - bisect_left(num_losses, stay.num_losses_before)
             stay.pull.interrupt(lost)
         self._on_change()
 
@@ -303,6 +349,7 @@ class EnginePool:
         """Something has changed: who serves what has to be found anew."""
         self._serving.clear()
         self._open_rows.clear()
+        self._max_model_len = None
 
     def _name_rows(self) -> None:
         self.names = {row: engine.engine_id for row, engine in self._by_row.items()}

@@ -70,7 +70,7 @@ async def _start_for(supervisor: Supervisor, old: ManagedEngine, make_client: Ma
                 field="memory_budget_bytes",
             )
         await supervisor.start(engine_id)
-        if not new.takes_requests:
+        if not new.is_open:
             raise UnavailableError(f"{engine_id} was lost when it had just started: {new.error}", engine_id=engine_id)
     except BaseException:
         _take_away(supervisor, new)

@@ -20,7 +20,7 @@ from sagellm_control_plane.journal import Journal
 from sagellm_control_plane.pd import PhaseRouter
 from sagellm_control_plane.pool import EnginePool
 from sagellm_control_plane.prompts import num_outputs, output_limit, wants_prompt_logprobs
-from sagellm_control_plane.ticket import Stay, Ticket
+from sagellm_control_plane.ticket import FURTHER_TOKENS, Stay, Ticket
 from sagellm_control_plane.types import EngineState, PerformanceTotals
 from sagellm_protocol import (
     DeadlineExceededError,
@@ -66,7 +66,7 @@ class Runner:
         self._events = events
         self._config = config
         self._clock = clock
-        self._courier = PrefixCourier(phases, pool, events, config.failover, clock)
+        self._courier = PrefixCourier(phases, pool, events, clock)
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The answer as it is made, over however many engines: one start, every token once, exactly one end.
@@ -91,7 +91,7 @@ class Runner:
                                     event = await events.__anext__()
                                 if isinstance(event, StreamEventDelta):
                                     fresh.append(event)
-                                    if len(fresh) >= _BOOK_EVERY or not stay.trace.num_output_tokens:
+                                    if len(fresh) >= _BOOK_EVERY or stay.is_watched:
                                         self._book(ticket, stay, journal)
                                     yield event
                                 elif isinstance(event, StreamEventEnd):
@@ -187,6 +187,20 @@ class Runner:
             self._dispatcher.first_token(ticket)
         stay.trace.num_output_tokens += num_tokens
         self._dispatcher.tokens(ticket, num_tokens)
+        if stay.is_watched:
+            self._watch(ticket, stay)
+
+    def _watch(self, ticket: Ticket, stay: Stay) -> None:
+        """A trial ends with the second token: the first may have been on its way from the last engine.
+
+        For an isolated request it goes on until none can have been.
+        """
+        num_tokens = FURTHER_TOKENS if ticket.is_isolated else 1
+        if not stay.is_trial:
+            stay.is_watched = False
+        elif stay.trace.num_output_tokens > num_tokens * ticket.num_outputs:
+            stay.is_watched = False
+            self._dispatcher.acquit(ticket)
 
     async def _end(self, ticket: Ticket, stay: Stay, journal: Journal, event: StreamEventEnd) -> StreamEventEnd:
         """The end for the caller; raises `EngineLostError` where it is the end of the engine."""
@@ -273,7 +287,7 @@ class Runner:
         engine_id = stay.engine.engine_id
         if isinstance(error, EngineLostError):
             self._pool.supervisor.lost(stay.engine, stay.generation, error)
-        num_lost = self._events.num_since(EventKind.LOST, self._clock.now() - UNREST_S)
+        num_lost = self._pool.num_died_since(self._clock.now() - UNREST_S)
         reason = refusal(ticket, error, self._config.failover, num_lost)
         self._dispatcher.leave(ticket, error)
         if reason is not None:
@@ -283,7 +297,8 @@ class Runner:
             raise reason
         self._events.publish(
             EventKind.MOVED,
-            f"{request_id} leaves {engine_id} with {ticket.num_delivered} tokens delivered: {error.message}",
+            f"{request_id} leaves {engine_id} with {ticket.num_delivered} tokens delivered"
+            f"{' and goes on alone' if ticket.is_isolated else ''}: {error.message}",
             engine_id=engine_id,
             request_id=request_id,
             num_tokens=ticket.num_delivered,

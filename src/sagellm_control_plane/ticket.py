@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from sagellm_control_plane.hand_over import HandOver
 
 
+FURTHER_TOKENS = 16
+"""So many tokens of a dead engine may have been on their way still: to make those again is to get no further."""
+
+
 @dataclass(slots=True, eq=False)
 class Stay:
     """The time of one request on one engine, from its grant until it leaves; `generation` is the engine's."""
@@ -30,10 +34,17 @@ class Stay:
     num_expected_tokens: int
     trace: StayTrace
     pull: Pull
-    is_trial: bool = False  # the request has just lost an engine and made no token here yet
+    is_trial: bool = False  # the request may have killed the engine before, and has not got any further here yet
+    is_watched: bool = True  # each of its events is booked at once: until the first token, or the end of a trial
     has_begun: bool = False  # the engine has said that it has the request; only streams are told
-    had_company: bool = False  # when its engine was lost, others there had made no token either
+    num_losses: int = 0  # engines that the request had lost in a row when it came
+    num_suspects: int = 0  # requests lost with its engine that had lost as many before; 0: none is to blame
     hand_over: HandOver | None = None  # another engine computes the prompt for this one
+
+    @property
+    def num_losses_before(self) -> int:
+        """Engines that the request has lost without getting further than on them."""
+        return 0 if self.trace.num_output_tokens > FURTHER_TOKENS * self.booking.num_sequences else self.num_losses
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +62,10 @@ class Ticket(WaitingRequest):
     num_grants: int = 0
     avoided: ManagedEngine | None = None  # has just turned it away
     is_suspect: bool = False  # it may be what killed the engine that it was on
-    num_losses: int = 0  # engines lost in a row, without a token made on any but the first
+    is_isolated: bool = False  # likewise, after several: it runs where nobody else is
+    reserved: ManagedEngine | None = None  # where it is to be alone, or is
+    num_losses: int = 0  # engines lost in a row, without getting further on any but the first
+    num_moves: int = 0  # in a row, without a token made in between
     num_unserved_tokens: int = 0  # of the prompt, that no engine has computed
     is_late: bool = False  # its deadline has passed
     is_closed: bool = False
@@ -60,6 +74,10 @@ class Ticket(WaitingRequest):
     def num_delivered(self) -> int:
         """Tokens that its caller has."""
         return 0 if self.journal is None else self.journal.num_tokens
+
+    def acquit(self) -> None:
+        """It has got further than where it may have killed: it does not kill."""
+        self.is_suspect = self.is_isolated = False
 
     def new_booking(self, num_cached_tokens: int) -> Booking:
         """What a stay takes of an engine."""

@@ -88,14 +88,19 @@ class _Run:
 class SimEngine(FakeChild):
     """See the module. `requests` are those that run; `num_resumed` counts those that came with a resume point."""
 
-    def __init__(self, name: str, *, places: int = 3, seed: int = 0, is_deaf: bool = False, **options: Any) -> None:
+    def __init__(
+        self, name: str, *, places: int = 3, seed: int = 0, is_deaf: bool = False, is_late: bool = False, **options: Any
+    ) -> None:
         super().__init__(name, **options)
+        self.is_late = is_late  # tokens are told with the next step, and lost with an engine that dies in it
+        self._on_the_way: list[tuple[_Run, StreamEventDelta]] = []
         self.is_deaf = is_deaf  # its streams don't notice when it dies, as behind a connection that is half open
         self.config = LLMEngineConfig(
             model_path="sim", engine_id=name, max_batch_size=places, block_size=BLOCK_SIZE, max_new_tokens=20
         )
         self.requests: dict[str, _Run] = {}
         self.num_resumed = 0
+        self.killers: list[str] = []  # requests that it died of
         self.cached: dict[bytes, bytes] = {}  # block -> its parent, least recently used first
         self._rng = random.Random(f"{name} {seed}")
         self._epochs = itertools.count()
@@ -112,7 +117,7 @@ class SimEngine(FakeChild):
             return
         await super().start()
         self._epoch = f"{self.engine_id}-{next(self._epochs)}"
-        self.cached, self._events, self._next_event, self._steps = {}, [], 0, []
+        self.cached, self._events, self._next_event, self._steps, self._on_the_way = {}, [], 0, [], []
         self._loop = asyncio.ensure_future(self._run())
 
     async def stop(self) -> None:
@@ -132,6 +137,11 @@ class SimEngine(FakeChild):
         super().die(is_seen=is_seen)
         if was_running and is_seen:
             self._break_streams()
+
+    def crash(self) -> None:
+        """End by itself: nobody sees why."""
+        self.is_struck = False
+        self.die()
 
     async def kill(self) -> None:
         await super().kill()
@@ -217,11 +227,18 @@ class SimEngine(FakeChild):
             self._steps.append(
                 StepSample(num_prefill, num_prefill**2 / 2, 10 * len(decoding), len(decoding), duration_s)
             )
+        made, self._on_the_way = self._on_the_way, []
         for run in decoding:
             if self._dies_of(run):
-                self.die()
+                self.crash()
+                self.killers.append(run.request.request_id.removesuffix("-prefill"))
                 return
             self._decode(run)
+        for earlier, event in made:
+            earlier.events.put_nowait(event)
+        for run in runs:
+            if run.is_done:
+                self._finish(run, None)
 
     def _dies_of(self, run: _Run) -> bool:
         prompt = run.request.prompt
@@ -235,16 +252,20 @@ class SimEngine(FakeChild):
             made = run.num_made[index]
             if made < len(tokens):
                 chunk = f"{tokens[made]} "
-                run.events.put_nowait(
-                    StreamEventDelta(chunk=chunk, chunk_tokens=[tokens[made]], index=index, **self._names(run))
-                )
+                event = StreamEventDelta(chunk=chunk, chunk_tokens=[tokens[made]], index=index, **self._names(run))
                 run.num_made[index] += 1
-        if run.is_done:
-            self._finish(run, None)
+                if self.is_late:
+                    self._on_the_way.append((run, event))
+                else:
+                    run.events.put_nowait(event)
 
     def _finish(self, run: _Run, reason: FinishReason | None) -> None:
         if self.requests.pop(run.request.request_id, None) is None:
             return
+        for earlier, event in self._on_the_way:
+            if earlier is run:
+                run.events.put_nowait(event)
+        self._on_the_way = [late for late in self._on_the_way if late[0] is not run]
         outputs = [
             CompletionOutput(
                 index=index,

@@ -1,8 +1,8 @@
 """What the control plane asks of an engine, wherever it runs.
 
 `EngineClient` is the interface; `LLMEngine` has it as it is. What only some engines can do stands in protocols of its
-own, so that `isinstance` asks for it: `Killable`, `Detachable` and `PrefixTransfer`. `EngineLostError` says that the
-engine is gone, which is no fault of the request.
+own, so that `isinstance` asks for it: `Killable`, `Detachable`, `Witnessed` and `PrefixTransfer`. `EngineLostError`
+says that the engine is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from sagellm_core.kv_format import PrefixBlocks
     from sagellm_kv_cache import EventBatch
 
-__all__ = ["Detachable", "EngineClient", "EngineLostError", "EngineRecord", "Killable", "Pingable", "PrefixTransfer"]
+__all__ = [
+    "Detachable",
+    "EngineClient",
+    "EngineLostError",
+    "EngineRecord",
+    "Killable",
+    "Pingable",
+    "PrefixTransfer",
+    "Witnessed",
+]
 
 
 class EngineLostError(UnavailableError):
@@ -108,6 +117,16 @@ class Pingable(Protocol):
 
     async def ping(self) -> None:
         """Return when the process answers; raises `EngineLostError` where it is gone."""
+        ...
+
+
+@runtime_checkable
+class Witnessed(Protocol):
+    """An engine of which it is seen how it ended."""
+
+    @property
+    def is_struck(self) -> bool:
+        """Of one that was lost: whether a signal from outside ended or stopped it, so that no request is to blame."""
         ...
 
 

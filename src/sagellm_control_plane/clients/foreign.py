@@ -196,8 +196,8 @@ class ForeignEngine(ABC, Generic[Answer]):
             token_ids = await self.tokenize(wanted)
         if len(token_ids) >= self._config.max_model_len:
             raise InvalidArgumentError(
-                f"the prompt has {len(token_ids)} tokens, but max_model_len is {self._config.max_model_len} for "
-                "prompt and output together; shorten the prompt",
+                f"the prompt is too long: this model's maximum context length is {self._config.max_model_len} tokens "
+                f"(max_model_len) for prompt and output together, and it has {len(token_ids)}; shorten it",
                 field="prompt" if request.messages is None else "messages",
             )
         return token_ids

@@ -83,6 +83,11 @@ class ProcessEngineClient(SocketEngine):
         return None if self._process is None else self._process.returncode
 
     @property
+    def is_struck(self) -> bool:
+        """Whether its silence or its end came from outside, see `WatchedProcess.is_struck`."""
+        return self._process is not None and self._process.is_struck
+
+    @property
     def log_path(self) -> Path:
         """Where the child's words go; what the one before it said stands beside it in `.log.1`."""
         return self._run_dir / f"{_file_name(self.engine_id)}.log"

@@ -1,7 +1,7 @@
 """Facts about a process on this machine: whether it lives, how it ended, and which one of its number it is.
 
 Holds `WatchedProcess`. It need not be our child: the process of an earlier manager can be watched and killed as well,
-only how it ended is then unknown.
+only how it ended is then unknown. `is_struck` tells an end that came from outside from one of its own making.
 """
 
 from __future__ import annotations
@@ -34,12 +34,27 @@ def process_started_at(pid: int) -> float | None:
             return float(psutil.Process(pid).create_time())
         except psutil.NoSuchProcess:
             return None
+    fields = _stat_of(pid)
+    return None if fields is None else int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _stat_of(pid: int) -> list[bytes] | None:
+    """What Linux knows of a process, from its state on; None: no such process, or no Linux."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b") ")[2].split()
+            return file.read().rpartition(b") ")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _num_oom_kills() -> int | None:
+    """Processes that the kernel has killed for want of memory since the machine began; None where it does not say."""
+    try:
+        with open("/proc/vmstat", "rb") as file:
+            lines = [line for line in file if line.startswith(b"oom_kill ")]
+    except FileNotFoundError:
+        return None
+    return int(lines[0].split()[1]) if lines else None
 
 
 class WatchedProcess:
@@ -55,6 +70,7 @@ class WatchedProcess:
         self.pid = pid
         self.started_at = started_at
         self.returncode: int | None = None
+        self._num_oom_kills = _num_oom_kills()
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._exited = asyncio.Event()
@@ -97,6 +113,19 @@ class WatchedProcess:
     def is_alive(self) -> bool:
         """Whether it has not ended."""
         return not self._exited.is_set()
+
+    @property
+    def is_struck(self) -> bool:
+        """Whether a signal that nothing in it sends has ended it (SIGKILL) or holds it (SIGSTOP): not its own doing.
+
+        Where it may have been the kernel for want of memory, or nobody can tell, it counts as its own.
+        """
+        if self.is_alive:
+            fields = _stat_of(self.pid)
+            return fields is not None and fields[0] in (b"T", b"t")
+        num_oom_kills = _num_oom_kills()
+        is_told = num_oom_kills is not None and num_oom_kills == self._num_oom_kills
+        return self.returncode == -signal.SIGKILL and is_told
 
     async def wait(self, timeout_s: float | None = None) -> bool:
         """Whether it has ended within the time."""

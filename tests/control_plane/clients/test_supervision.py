@@ -14,6 +14,7 @@ import pytest
 from sagellm_control_plane.clients import supervision
 from sagellm_control_plane.clients.supervision import WatchedProcess, process_started_at
 from sagellm_protocol import NotFoundError
+from waiting import until
 
 
 @pytest.fixture(params=["pidfd", "thread"])
@@ -39,7 +40,7 @@ def spawn(code: str, ends: list[int]) -> WatchedProcess:
 async def test_how_it_ended(way: str) -> None:
     ends: list[int] = []
     process = spawn("raise SystemExit(3)", ends)
-    assert await process.wait(10)
+    assert await process.wait(60)
     assert (process.returncode, process.is_alive, ends) == (3, False, [1])
     process.signal(signal.SIGKILL)  # nothing is left to get it
 
@@ -53,6 +54,27 @@ async def test_a_signal(way: str) -> None:
     await process.wait()
     assert (process.returncode, ends) == (-signal.SIGKILL, [1])
     assert process_started_at(process.pid) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who sends signals is told by /proc")
+async def test_what_strikes_it_from_outside_is_told_from_what_it_does_itself(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = spawn("import time; time.sleep(60)", [])
+    assert not process.is_struck
+    process.signal(signal.SIGSTOP)
+    await until(lambda: process.is_struck)
+    process.signal(signal.SIGCONT)
+    await until(lambda: not process.is_struck)
+    process.signal(signal.SIGKILL)
+    await process.wait()
+    assert process.is_struck
+    monkeypatch.setattr(supervision, "_num_oom_kills", lambda: -1)
+    assert not process.is_struck, "it may have been for want of memory"
+    for code in ("raise SystemExit(3)", "import os; os.abort()", "import os; os.kill(os.getpid(), 11)"):
+        process = spawn(code, [])
+        await process.wait()
+        assert not process.is_struck
 
 
 async def test_one_that_is_let_go_is_not_told_of(way: str) -> None:
@@ -72,7 +94,7 @@ async def test_it_inherits_no_open_file(tmp_path: Path) -> None:
         os.set_inheritable(file.fileno(), True)
         ends: list[int] = []
         process = spawn(f"import os; os.fstat({file.fileno()})", ends)
-        await process.wait(10)
+        await process.wait(60)
     assert process.returncode == 1
 
 

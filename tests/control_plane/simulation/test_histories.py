@@ -32,6 +32,7 @@ _NUM_EXAMPLES = int(os.environ.get("SAGELLM_SIMULATION_EXAMPLES", "120"))
 _PROMPTS = st.sampled_from(
     ["hi", "a longer prompt with some tokens", "a longer prompt with other tokens", "x" * 300, "poison", "poison7"]
 )
+_KILLERS = st.sampled_from(["poison", "poison1", "poison7"])
 _INNOCENT = _PROMPTS.filter(lambda prompt: not prompt.startswith("poison"))
 
 
@@ -54,6 +55,7 @@ def _requests(prompts: st.SearchStrategy[str]) -> st.SearchStrategy[tuple[str, d
 
 _NUMBERS = st.integers(0, 7)
 _FAULTS = st.tuples(st.sampled_from(["die", "die unseen", "hang", "go on"]), _NUMBERS)
+_CRASHES = st.tuples(st.just("crash"), _NUMBERS)
 _OPERATIONS = st.tuples(st.sampled_from(["add", "start", "hold", "remove"]), _NUMBERS)
 _CANCELS = st.tuples(st.just("cancel"), _NUMBERS)
 _REPLACEMENTS = st.tuples(st.just("replace"), st.none())
@@ -128,9 +130,19 @@ def test_no_request_is_lost_or_answered_twice(setup: dict[str, Any], history: li
 
 
 @settings(max_examples=_NUM_EXAMPLES // 2)
-@given(setup=_WORLDS, history=_histories(_requests(_PROMPTS), _requests(_PROMPTS), _CANCELS, _FAULTS))
-def test_requests_that_kill_engines_among_others(setup: dict[str, Any], history: list[Any]) -> None:
-    _run(setup, history)
+@given(
+    setup=_WORLDS,
+    is_separated=st.booleans(),
+    history=st.one_of(
+        _histories(_requests(_PROMPTS), _requests(_KILLERS), _CANCELS, _FAULTS, _FAULTS),
+        _histories(_requests(_PROMPTS), _requests(_KILLERS), _CANCELS, _FAULTS, _CRASHES),
+    ),
+)
+def test_requests_that_kill_engines_among_others(setup: dict[str, Any], is_separated: bool, history: list[Any]) -> None:
+    """Each takes three engines with it at most, whatever else kills engines, and nobody is condemned in its place."""
+    if is_separated:
+        setup = {**setup, "num_engines": max(2, setup["num_engines"])}
+    _run(setup, history, is_separated=is_separated)
 
 
 @settings(max_examples=_NUM_EXAMPLES // 2)
