@@ -156,12 +156,20 @@ async def stream_completion(
         raise InvalidArgumentError("echo with logprobs cannot be streamed; set stream to false", field="echo")
     include_usage = call.stream_options is not None and call.stream_options.include_usage
     writer, num_choices = CompletionWriter(call.model, include_usage=include_usage), call.n or 1
+    counts_usage = call.stream_options is not None and call.stream_options.counts_usage
+    num_prompt_tokens = num_output_tokens = 0
     ends: list[StreamEventEnd] = []
     for number, request in enumerate(requests):
         first_index = number * num_choices
         lengths = [0] * num_choices
         async with aclosing(answers.stream(request)) as events:
             async for event in events:
+                if counts_usage:
+                    if isinstance(event, StreamEventDelta):
+                        num_output_tokens += len(event.chunk_tokens)
+                    elif isinstance(event, StreamEventStart):
+                        num_prompt_tokens += event.prompt_tokens
+                    writer.tell_usage(num_prompt_tokens, num_output_tokens)
                 if isinstance(event, StreamEventDelta):
                     yield writer.delta(event, index=first_index + event.index, offset=lengths[event.index])
                     lengths[event.index] += len(event.chunk)

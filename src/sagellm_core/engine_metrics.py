@@ -10,12 +10,13 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sagellm_core.engine_core.report import EngineStats
-from sagellm_protocol import Metrics, Request, Response, StreamEventEnd
+from sagellm_protocol import Request, Response, StreamEventEnd
 from sagellm_protocol.metrics import Timestamps
 
 _LABELS = ("model_name", "engine")
@@ -141,27 +142,29 @@ class EngineCollector(Collector):
 
     def observe(self, request: Request, answer: Response | StreamEventEnd, waited_s: float) -> None:
         """Count one request that has ended and had waited so long before an engine had it."""
+        fields = answer.__dict__  # several times as fast as its attributes, and every request comes by
+        engine_id, outputs, usage = fields["engine_id"], fields["outputs"], fields["usage"].__dict__
         # A request that was given up may never have had an engine.
-        key = answer.engine_id or f"/{request.model}"
+        key = engine_id or f"/{request.model}"
         figures = self._figures.get(key)
         if figures is None:
-            model_name = self._model_of(answer.engine_id) or request.model
-            figures = self._figures[key] = _Figures((model_name, answer.engine_id))
-        figures.num_ended[answer.finish_reason] += 1
-        of, usage, outputs = figures.of, answer.usage, answer.outputs
-        num_output_tokens = usage.completion_tokens
-        of["prompt"].observe(usage.prompt_tokens)
+            model_name = self._model_of(engine_id) or request.model
+            figures = self._figures[key] = _Figures((model_name, engine_id))
+        figures.num_ended[fields["finish_reason"]] += 1
+        of, num_output_tokens = figures.of, usage["completion_tokens"]
+        of["prompt"].observe(usage["prompt_tokens"])
         of["output"].observe(num_output_tokens)
         of["n"].observe(len(outputs) or 1)
         of["longest"].observe(
             num_output_tokens if len(outputs) < 2 else max(len(output.token_ids) for output in outputs)
         )
-        limit, sampling = request.max_tokens, request.sampling_params
+        asked = request.__dict__
+        limit, sampling = asked["max_tokens"], asked["sampling_params"]
         if limit is None and sampling is not None and "max_tokens" in sampling.model_fields_set:
             limit = sampling.max_tokens
         if limit is not None:
             of["max_tokens"].observe(limit)
-        _observe_times(of, answer.metrics, num_output_tokens, waited_s)
+        _observe_times(of, fields["metrics"].__dict__, num_output_tokens, waited_s)
 
     def collect(self) -> Iterator[Metric]:
         """The metric families, for a registry."""
@@ -179,6 +182,7 @@ class EngineCollector(Collector):
             for name in names:
                 yield self._of_stats(CounterMetricFamily(name, text, labels=_LABELS), key)
         yield self._waiting()
+        yield self._sleep_state()
         yield self._cache_config()
 
     # ---- steps of the above ---------------------------------------------------------------------------
@@ -206,6 +210,14 @@ class EngineCollector(Collector):
             family.add_metric((model_name, ""), num_queued)
         return family
 
+    def _sleep_state(self) -> Metric:
+        labels = (*_LABELS, "sleep_state")
+        family = GaugeMetricFamily("vllm:engine_sleep_state", "1 for the state it is in", labels=labels)
+        for engine_id in self.stats:
+            for state in ("awake", "weights_offloaded", "discard_all"):
+                family.add_metric((self._model_of(engine_id), engine_id, state), state == "awake")
+        return family
+
     def _cache_config(self) -> Metric:
         text = "Size of the KV cache: blocks, and tokens a block"
         labels = (*_LABELS, "block_size", "num_gpu_blocks")
@@ -216,8 +228,7 @@ class EngineCollector(Collector):
         return family
 
 
-def _observe_times(of: dict[str, Histogram], metrics: Metrics, num_output_tokens: int, waited_s: float) -> None:
-    figures = metrics.__dict__  # several times as fast as its attributes, and every request comes by
+def _observe_times(of: dict[str, Histogram], figures: dict[str, Any], num_output_tokens: int, waited_s: float) -> None:
     if num_output_tokens:
         of["ttft"].observe(figures["ttft_ms"] / 1e3 + waited_s)
     if num_output_tokens > 1:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CALLER = "sagellm.caller"  # in an ASGI scope
 
+_ANTHROPIC_VERSION = b"anthropic-version"  # the header that Anthropic's clients send
+
 # The status that is noted for a call whose client left before an answer began.
 CLIENT_LEFT = 499
 
@@ -43,6 +45,11 @@ class Caller(msgspec.Struct):
     started_at: float = 0.0  # of the clock `time.perf_counter`
     answered_at: float | None = None  # when its answer began
     status: int = CLIENT_LEFT  # of its answer
+
+    @property
+    def speaks_anthropic(self) -> bool:
+        """Whether a client of Anthropic's API calls, some of whose paths are OpenAI's, too."""
+        return _ANTHROPIC_VERSION in self.headers
 
     def request_fields(self) -> dict[str, Any]:
         """What this call says of a request that it causes; what the body itself asks for goes before.

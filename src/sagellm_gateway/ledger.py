@@ -7,15 +7,14 @@ when it ends. Where nobody's tokens are limited nothing is reserved.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from sagellm_control_plane import ControlPlaneManager
-from sagellm_control_plane.prompts import estimate_prompt_tokens
+from sagellm_control_plane.prompts import estimate_prompt_tokens, num_outputs, output_limit
 from sagellm_core.answers import Answers, Observer
 from sagellm_gateway.context import Caller, current_caller
-from sagellm_gateway.rates import Meter
+from sagellm_gateway.rates import Meter, Window
 from sagellm_protocol import Request, RequestPriority, Response, StreamEvent, StreamEventDelta, StreamEventEnd
 
 # What is reserved for the answer of a request that doesn't say how long it may be.
@@ -42,7 +41,7 @@ class Ledger(Answers):
         request = _in_name_of(caller, request)
         if not caller.meters:
             return await super().execute(request)
-        with _reserved(caller.meters, self._estimate(request)) as reservation:
+        with _Reserved(caller.meters, self._estimate(request)) as reservation:
             response = await super().execute(request)
             reservation.num_used = response.usage.total_tokens
             return response
@@ -59,7 +58,7 @@ class Ledger(Answers):
     async def _metered(
         self, events: AsyncGenerator[StreamEvent, None], meters: tuple[Meter, ...], request: Request
     ) -> AsyncGenerator[StreamEvent, None]:
-        with _reserved(meters, self._estimate(request)) as reservation:
+        with _Reserved(meters, self._estimate(request)) as reservation:
             async with aclosing(events):
                 async for event in events:
                     # Counted as it goes: who leaves in the midst has used what was made until then.
@@ -72,12 +71,11 @@ class Ledger(Answers):
                     yield event
 
     def _estimate(self, request: Request) -> int:
-        sampling = request.resolved_sampling()
-        is_given = "max_tokens" in sampling.model_fields_set
+        limit = output_limit(request)
         # No answer is longer than a model's context, whatever was asked for.
-        longest = max((engine.max_model_len for engine in self._manager.list_engines()), default=0)
-        num_output_tokens = min(sampling.max_tokens if is_given else ESTIMATED_OUTPUT_TOKENS, longest)
-        return estimate_prompt_tokens(request) + num_output_tokens * sampling.n
+        longest = self._manager.max_model_len
+        num_output_tokens = min(ESTIMATED_OUTPUT_TOKENS if limit is None else limit, longest)
+        return estimate_prompt_tokens(request) + num_output_tokens * num_outputs(request)
 
 
 def _in_name_of(caller: Caller, request: Request) -> Request:
@@ -94,32 +92,36 @@ def _in_name_of(caller: Caller, request: Request) -> Request:
     return request.model_copy(update=changes)
 
 
-@dataclass(slots=True)
-class _Reservation:
-    """Tokens that were booked ahead; set `num_used` to what they became."""
+class _Reserved:
+    """Books tokens while the body runs, then what they became: `num_used`, also where an exception ends it."""
 
-    num_used: int = 0
+    __slots__ = ("_booked", "_meters", "_num_tokens", "num_used")
 
+    def __init__(self, meters: tuple[Meter, ...], num_tokens: int) -> None:
+        self.num_used = 0
+        self._meters = meters
+        self._num_tokens = num_tokens
+        self._booked: list[tuple[Window, int]] = []  # and the step to correct it by
 
-@contextmanager
-def _reserved(meters: tuple[Meter, ...], num_tokens: int) -> Iterator[_Reservation]:
-    """Book tokens while the body runs, then what they became; an exception leaves `num_used`."""
-    for meter in meters:
-        meter.check_tokens(num_tokens)
-    booked = [(meter.tokens, meter.tokens.book(num_tokens)) for meter in meters if meter.tokens is not None]
-    reservation = _Reservation()
-    try:
-        yield reservation
-    finally:
-        for window, step in booked:
-            window.correct(step, reservation.num_used - num_tokens)
+    def __enter__(self) -> _Reserved:
+        num_tokens = self._num_tokens
+        for meter in self._meters:
+            meter.check_tokens(num_tokens)
+        windows = [meter.tokens for meter in self._meters if meter.tokens is not None]
+        self._booked = [(window, window.book(num_tokens)) for window in windows]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for window, step in self._booked:
+            window.correct(step, self.num_used - self._num_tokens)
 
 
 def _note_tokens(_: Request, answer: Response | StreamEventEnd, __: float) -> None:
     caller = current_caller.get()
     if caller is not None:
-        caller.num_prompt_tokens += answer.usage.prompt_tokens
-        caller.num_output_tokens += answer.usage.completion_tokens
+        usage = answer.usage
+        caller.num_prompt_tokens += usage.prompt_tokens
+        caller.num_output_tokens += usage.completion_tokens
 
 
 def _note_prompt(request: Request, _: Response | StreamEventEnd, __: float) -> None:

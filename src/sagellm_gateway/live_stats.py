@@ -54,13 +54,14 @@ class LiveStats:
 
     def observe(self, _: Request, answer: Response | StreamEventEnd, waited_s: float) -> None:
         """Count a request that has ended and had waited so long for an engine."""
-        usage, metrics = answer.usage, answer.metrics
+        fields = answer.__dict__  # several times as fast as its attributes, and every request comes by
+        usage, metrics = fields["usage"].__dict__, fields["metrics"].__dict__
         self._num_requests += 1
-        self._num_failed += answer.error is not None
-        self._num_prompt_tokens += usage.prompt_tokens
-        self._num_output_tokens += usage.completion_tokens
-        ttft_ms = metrics.ttft_ms + waited_s * 1e3 if metrics.ttft_ms else 0.0
-        self._recent.append((self._clock(), ttft_ms, metrics.tpot_ms))
+        self._num_failed += fields["error"] is not None
+        self._num_prompt_tokens += usage["prompt_tokens"]
+        self._num_output_tokens += usage["completion_tokens"]
+        ttft_ms = metrics["ttft_ms"] + waited_s * 1e3 if metrics["ttft_ms"] else 0.0
+        self._recent.append((self._clock(), ttft_ms, metrics["tpot_ms"]))
 
     async def run(self) -> None:
         """Sample the rates until cancelled."""

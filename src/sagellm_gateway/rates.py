@@ -43,6 +43,8 @@ class Window:
 
     def wait_for(self, amount: int) -> float:
         """Seconds until `amount` units may be booked; 0 if they may be now. More than the limit waits for it all."""
+        if self._used + amount <= self.limit:
+            return 0.0  # whatever has left the window since then
         now = self._clock()
         self._forget(now)
         missing, wait = self._used + min(amount, self.limit) - self.limit, 0.0
@@ -56,11 +58,11 @@ class Window:
     def book(self, amount: int) -> int:
         """Count `amount` units, whether they fit or not; returns the step to correct them by."""
         now = self._clock()
-        self._forget(now)
-        second = int(now)
-        if not self._steps or self._steps[-1].second != second:
-            self._steps.append(_Step(second, 0))
-        self._steps[-1].amount += amount
+        second, steps = int(now), self._steps
+        if not steps or steps[-1].second != second:
+            self._forget(now)
+            steps.append(_Step(second, 0))
+        steps[-1].amount += amount
         self._used += amount
         return second
 
@@ -74,9 +76,12 @@ class Window:
             if step.second < second:
                 return
 
-    def reset_s(self) -> float:
-        """Seconds until nothing is booked any more."""
-        return max(0.0, self._steps[-1].second + WINDOW_S + 1 - self._clock()) if self._steps else 0.0
+    def figures(self) -> tuple[int, float]:
+        """What `remaining` is, and seconds until nothing is booked any more."""
+        now, steps = self._clock(), self._steps
+        self._forget(now)
+        reset_s = max(0.0, steps[-1].second + WINDOW_S + 1 - now) if steps else 0.0
+        return max(0, self.limit - self._used), reset_s
 
     def _forget(self, now: float) -> None:
         steps = self._steps

@@ -127,13 +127,15 @@ def _request_attributes(request: Request) -> dict[str, Any]:
     sampling = request.resolved_sampling()
     given = sampling.model_fields_set
     attributes: dict[str, Any] = {
-        "gen_ai.operation.name": "text_completion" if request.messages is None else "chat",
+        "gen_ai.operation.name": _operation(request),
         "gen_ai.provider.name": "sagellm",
         "gen_ai.request.model": request.model,
         "gen_ai.response.model": request.model,
         "gen_ai.response.id": request.request_id,
-        "gen_ai.request.stream": request.stream,
     }
+    if request.embed is not None:  # nothing is sampled
+        return attributes
+    attributes["gen_ai.request.stream"] = request.stream
     for field_name, attribute in _SAMPLING_ATTRIBUTES.items():
         value = getattr(sampling, field_name)
         if field_name in given and value is not None:
@@ -141,6 +143,12 @@ def _request_attributes(request: Request) -> dict[str, Any]:
     if sampling.n > 1:
         attributes["gen_ai.request.choice.count"] = sampling.n
     return attributes
+
+
+def _operation(request: Request) -> str:
+    if request.embed is not None:
+        return "embeddings"
+    return "text_completion" if request.messages is None else "chat"
 
 
 _SAMPLING_ATTRIBUTES = {

@@ -12,6 +12,7 @@ from sagellm_gateway.pieces import (
     AnswerEnd,
     AnswerStart,
     ChoiceEnd,
+    OutputCount,
     Piece,
     ReasoningPiece,
     TextPiece,
@@ -35,11 +36,17 @@ class PieceWriter(ABC):
             return self.tool_call(piece)
         if isinstance(piece, AnswerStart):
             return self.start(piece)
+        if isinstance(piece, OutputCount):
+            return self.count(piece)
         return self.choice_end(piece) if isinstance(piece, ChoiceEnd) else self.end(piece)
 
     @abstractmethod
     def start(self, piece: AnswerStart) -> bytes:
         """The messages that begin the answer."""
+
+    def count(self, piece: OutputCount) -> bytes:
+        """The messages for a count of tokens; most APIs have none."""
+        return b""
 
     @abstractmethod
     def text(self, piece: TextPiece) -> bytes:

@@ -100,7 +100,9 @@ class ProtocolModel(BaseModel):
         if deep:
             return super().model_copy(update=update, deep=True)
         update = update or {}
-        return self._of({**self.__dict__, **update}, self.__pydantic_fields_set__.union(update))
+        fields = self.__dict__.copy()
+        fields.update(update)
+        return self._of(fields, self.__pydantic_fields_set__.union(update))
 
     @classmethod
     def _of(cls, fields: dict[str, Any], given: set[str]) -> Self:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asgi_client import LeavingClient, client_of, until
+from asgi_client import LeavingClient, client_of
 from fake_engine import FakeEngine
 from sagellm_control_plane import ControlPlaneManager
 from sagellm_gateway import create_app
@@ -20,6 +20,7 @@ from sagellm_gateway.keys import RateLimits, new_key
 from sagellm_gateway.middleware.auth import check_exposure
 from sagellm_gateway.settings import GatewaySettings
 from sagellm_protocol import InvalidArgumentError, RequestPriority
+from waiting import until
 
 CHAT = "/v1/chat/completions"
 KEY, ADA = new_key("ada")
@@ -187,6 +188,10 @@ async def test_errors_before_a_route_have_the_form_of_its_api() -> None:
         anthropic = await here.client.post("/v1/messages", json={})
         assert anthropic.json()["error"]["type"] == "authentication_error"
         assert anthropic.json()["type"] == "error"
+        models = await here.client.get("/v1/models", headers={"anthropic-version": "2023-06-01"})
+        assert models.json()["error"]["type"] == "authentication_error"
+        assert models.json()["type"] == "error"
+        assert models.headers["request-id"] == models.headers["x-request-id"]
         assert isinstance((await here.client.post("/api/chat", json={})).json()["error"], str)
 
 
@@ -260,6 +265,8 @@ async def test_cors_is_off_unless_configured() -> None:
         refused = await here.post(headers={"origin": "https://a.example"})
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://a.example"
+        exposed = set(refused.headers["access-control-expose-headers"].split(", "))
+        assert {"x-request-id", "request-id", "retry-after", "x-should-retry"} <= exposed
         other = await here.post(KEY, headers={"origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
 

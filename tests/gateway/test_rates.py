@@ -29,11 +29,11 @@ def test_a_window_fills_and_empties() -> None:
     assert window.remaining == 0
     assert window.wait_for(1) == pytest.approx(30.5)
     assert window.wait_for(7) == window.wait_for(1000) == pytest.approx(60.5)
-    assert window.reset_s() == pytest.approx(60.5)
+    assert window.figures() == (window.remaining, pytest.approx(60.5))
     time.now += 30.5
     assert window.remaining == 6
     time.now += 100
-    assert (window.remaining, window.reset_s()) == (10, 0.0)
+    assert window.figures() == (10, 0.0)
 
 
 def test_what_was_booked_can_be_corrected_while_it_counts() -> None:

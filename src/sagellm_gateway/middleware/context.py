@@ -1,15 +1,15 @@
 """The outermost middleware: says who calls, adds what the others have to say to the answer, notes how the call went.
 
-It begins `Caller` with the ids: `x-request-id`, which every answer sends back, and `traceparent` (W3C Trace Context,
-level 1). One that cannot be read is replaced by a fresh one, as the standard of the second demands; of the first the
-door tells. A call that is over is counted and, where there is an access log, written down.
+It begins `Caller` with the ids: `x-request-id`, which every answer sends back (as `request-id`, too, to Anthropic's
+clients), and `traceparent` (W3C Trace Context, level 1). One that cannot be read is replaced by a fresh one, as the
+standard of the second demands; of the first the door tells. A call that is over is counted and, where there is an
+access log, written down.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -78,7 +78,10 @@ def _caller_of(scope: Scope) -> Caller:
     traceparent = headers.get(b"traceparent")
     trace_id = (_trace_id(traceparent) if traceparent is not None else None) or new_trace_id()
     answer_headers = [(b"x-request-id", name.encode())]
-    return Caller(name, trace_id, headers=headers, answer_headers=answer_headers, started_at=time.perf_counter())
+    caller = Caller(name, trace_id, headers=headers, answer_headers=answer_headers, started_at=time.perf_counter())
+    if caller.speaks_anthropic:
+        answer_headers.append((b"request-id", name.encode()))
+    return caller
 
 
 def _trace_id(traceparent: bytes) -> str | None:
@@ -89,10 +92,11 @@ def _trace_id(traceparent: bytes) -> str | None:
     return match[1].decode()
 
 
-def _figures(caller: Caller) -> Iterator[tuple[bytes, bytes]]:
+def _figures(caller: Caller) -> list[tuple[bytes, bytes]]:
     """What is left of the caller's limits, as the OpenAI API says it."""
-    for names, window in zip(_FIGURES, caller.windows, strict=True):
+    figures: list[tuple[bytes, bytes]] = []
+    for (limit, left, reset), window in zip(_FIGURES, caller.windows, strict=True):
         if window is not None:
-            yield names[0], b"%d" % window.limit
-            yield names[1], b"%d" % window.remaining
-            yield names[2], b"%.0fs" % window.reset_s()
+            remaining, reset_s = window.figures()
+            figures += (limit, b"%d" % window.limit), (left, b"%d" % remaining), (reset, b"%.0fs" % reset_s)
+    return figures

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _FIGURES = (
     f"x-ratelimit-{figure}-{unit}" for figure in ("limit", "remaining", "reset") for unit in ("requests", "tokens")
 )
-_EXPOSED = ("x-request-id", "retry-after", "x-should-retry", *_FIGURES)
+_EXPOSED = ("x-request-id", "request-id", "retry-after", "x-should-retry", *_FIGURES)
 
 
 def allow_origins(app: ASGIApp, gateway: Gateway) -> ASGIApp:

@@ -47,9 +47,10 @@ class HttpFigures(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metric families, for a registry."""
         labels = ("method", "handler")
-        ended = CounterMetricFamily("http_requests", "Calls that are over", labels=(*labels, "status"))
+        # The status by its class, as vLLM's server has it: its dashboards ask for "5xx".
+        ended = CounterMetricFamily("http_requests", "Calls that are over", labels=(*labels, "status", "code"))
         for (method, route, status), count in self._num_ended.items():
-            ended.add_metric((method, route, str(status)), count)
+            ended.add_metric((method, route, f"{status // 100}xx", str(status)), count)
         yield ended
         text = "Arrival of a call to the end of its answer"
         durations = HistogramMetricFamily("http_request_duration_seconds", text, labels=labels)

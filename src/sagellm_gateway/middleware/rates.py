@@ -46,8 +46,9 @@ class RateCheck:
             return ()
         allowance = self._allowances.get(caller.key_name) or self._new_allowance(caller)
         caller.meters, caller.windows = allowance.of_tokens, allowance.windows
-        if self._gateway.is_draining:
+        if self._gateway.is_leaving:
             caller.answer_headers.append((b"connection", b"close"))
+        if self._gateway.is_draining:
             raise UnavailableError("this server is shutting down; send the request again, to another one")
         meters = allowance.meters
         for meter in meters:
