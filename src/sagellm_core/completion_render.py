@@ -35,15 +35,30 @@ def completion_body(model: str, responses: Sequence[Response], prompts: Sequence
     return _encode({**_head(model), "choices": choices, "usage": _total_usage(responses)})
 
 
+def tail_with_usage(num_prompt_tokens: int, num_output_tokens: int) -> bytes:
+    """What follows the choices of a chunk that tells the usage so far."""
+    num_total = num_prompt_tokens + num_output_tokens
+    return b'],"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}' % (
+        num_prompt_tokens,
+        num_output_tokens,
+        num_total,
+    )
+
+
 class CompletionWriter:
     """The messages of one streamed answer.
 
-    With `include_usage` every message has a `usage` that is null, and one without choices at the end has the figures.
+    With `include_usage` every message has a `usage`, and one without choices at the end has the figures. The others'
+    is null, or what was told last by `tell_usage`.
     """
 
     def __init__(self, model: str, *, include_usage: bool) -> None:
         self._head = _encode(_head(model))[:-1] + b',"choices":['
         self._tail = b'],"usage":null}' if include_usage else b"]}"
+
+    def tell_usage(self, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """Say in the next messages how many tokens there are so far."""
+        self._tail = tail_with_usage(num_prompt_tokens, num_output_tokens)
 
     def delta(self, event: StreamEventDelta, *, index: int, offset: int) -> bytes:
         """A piece of a text; `offset` counts the characters of the text before it, for the logprobs."""

@@ -82,6 +82,9 @@ async def read_json_object(http: HttpRequest) -> dict[str, Any]:
         data = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         hint = "; escapes of surrogates come in pairs" if b"\\ud" in body.lower() else ""
+        encoding = http.headers.get("content-encoding")
+        if encoding is not None:
+            hint = f"; it says that it is encoded as {encoding[:64]}, which is not read"
         raise InvalidArgumentError(f"the body is not valid JSON: {error}{hint}; send a JSON object") from error
     if not isinstance(data, dict):
         raise InvalidArgumentError(f"the body must be a JSON object, got {type(data).__name__}")
@@ -311,8 +314,18 @@ def openai_error_body(_path: str, error: SageLLMError) -> dict[str, Any]:
     return ErrorResponse.of(error).model_dump(mode="json")
 
 
-def install_error_handlers(app: FastAPI, body_of: ErrorForm = openai_error_body) -> None:
-    """Answer every failure of `app` with the status of its code and the body that `body_of(path, error)` makes."""
+def no_such_path(_path: str) -> str:
+    """What is told to who called a path that there is not."""
+    return "there is no such path; check it"
+
+
+def install_error_handlers(
+    app: FastAPI, body_of: ErrorForm = openai_error_body, missing: Callable[[str], str] = no_such_path
+) -> None:
+    """Answer every failure of `app` with the status of its code and the body that `body_of(path, error)` makes.
+
+    `missing(path)` says what to do about a path that there is not.
+    """
 
     async def on_protocol_error(http: HttpRequest, error: Exception) -> HttpResponse:
         assert isinstance(error, SageLLMError)
@@ -321,7 +334,7 @@ def install_error_handlers(app: FastAPI, body_of: ErrorForm = openai_error_body)
     async def on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
         assert isinstance(error, HTTPException)
         code = _CODE_OF_STATUS.get(error.status_code, ErrorCode.INTERNAL)
-        detail = "there is no such path; check it" if error.status_code == 404 else error.detail
+        detail = missing(http.url.path) if error.status_code == 404 else error.detail
         failure = SageLLMError(f"{http.method} {http.url.path}: {detail}", code=code)
         answer = error_answer(failure, error.status_code, body=body_of(http.url.path, failure))
         answer.headers.update(error.headers or {})  # such as Allow, beside 405

@@ -222,8 +222,9 @@ class InputProcessor:
         # Where the text is cut, its last tokens may be others than in the whole.
         if num_tokens > self._max_model_len + self._max_model_len // 8 + 64:
             raise InvalidArgumentError(
-                f"the prompt has {len(text)} characters, and its first {longest} are {num_tokens} tokens already, but "
-                f"max_model_len is {self._max_model_len} for prompt and output together; shorten the prompt",
+                f"the prompt is too long: this model's maximum context length is {self._max_model_len} tokens "
+                f"(max_model_len) for prompt and output together, and of {len(text)} characters the first {longest} "
+                f"are {num_tokens} already; shorten it",
                 field="prompt" if request.messages is None else "messages",
             )
 
@@ -279,14 +280,17 @@ class InputProcessor:
     def _room(self, request: Request, num_prompt_tokens: int) -> int:
         """How many tokens fit behind the prompt; raises if none does."""
         limit, name = self._max_model_len, "max_model_len"
+        # By these words clients know that a conversation must be shortened.
+        problem = f"this model's maximum context length is {limit} tokens (max_model_len)"
         if request.kv_budget_tokens is not None and request.kv_budget_tokens < limit:
             limit, name = request.kv_budget_tokens, "kv_budget_tokens"
+            problem = f"kv_budget_tokens is {limit}"
         if num_prompt_tokens < limit:
             return limit - num_prompt_tokens
         can_grow = name == "kv_budget_tokens" or limit < self._model_max_len
         raise InvalidArgumentError(
-            f"the prompt has {num_prompt_tokens} tokens, but {name} is {limit} for prompt and output together; "
-            f"shorten the prompt to at most {limit - 1} tokens" + (f" or raise {name}" if can_grow else ""),
+            f"the prompt is too long: {problem} for prompt and output together, and it has {num_prompt_tokens}; "
+            f"shorten it to at most {limit - 1} tokens" + (f" or raise {name}" if can_grow else ""),
             field="prompt" if request.messages is None else "messages",
         )
 

@@ -29,7 +29,7 @@ from sagellm_core.http import install_error_handlers, unexpected_error
 from sagellm_core.version import __version__
 from sagellm_gateway.chat import ChatService
 from sagellm_gateway.documents import openapi_document
-from sagellm_gateway.errors import error_answer_for, error_body_for
+from sagellm_gateway.errors import error_answer_for, error_body_for, what_instead
 from sagellm_gateway.explanation import explanation_attributes
 from sagellm_gateway.ledger import Ledger
 from sagellm_gateway.live_stats import LiveStats
@@ -89,17 +89,19 @@ class Gateway(FastAPI):
         self.sessions = Sessions(self.settings.sessions)
         self.chat = ChatService(self)
         self.responses = ResponseStore()
-        install_error_handlers(self, error_body_for)
+        install_error_handlers(self, error_body_for, lambda path: what_instead(path, self._paths))
         for router in ROUTERS:
             self.include_router(router)
         self._routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+        self._paths = sorted({route.path for route in self._routes if not route.param_convertors}, key=len)
         self._direct: dict[tuple[str, str], Endpoint] = {
             (method, route.path): route.endpoint
             for route in self._routes
             if not route.param_convertors
             for method in route.methods or ()
         }
-        self.is_draining = False  # it takes no new work, see `drain`
+        self.is_leaving = False  # it will take no new work soon, see `drain`
+        self.is_draining = False  # it takes none
         self.tasks: set[asyncio.Task[None]] = set()
         self._outermost = chain(self._dispatch, self)
 
@@ -117,9 +119,13 @@ class Gateway(FastAPI):
             self.openapi_schema = openapi_document(self, ROUTERS)
         return self.openapi_schema
 
-    def drain(self) -> None:
-        """Take no new work from now on; `/ready` says so, and what is in work ends as it would."""
-        self.is_draining = True
+    def drain(self, after_s: float = 0.0) -> None:
+        """Take no new work after so many seconds; `/ready` says so at once, and what is in work ends as it would."""
+        self.is_leaving = True
+        if after_s > 0:
+            asyncio.get_running_loop().call_later(after_s, self.drain)
+        else:
+            self.is_draining = True
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:
         """Let `work` run beside the calls, until the server stops."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sagellm_gateway.chat_plan import ChatPlanner
 from sagellm_gateway.choice_reader import ChoiceReader
 from sagellm_gateway.context import Caller
-from sagellm_gateway.pieces import Answer, AnswerEnd, AnswerStart, Piece
+from sagellm_gateway.pieces import Answer, AnswerEnd, AnswerStart, OutputCount, Piece
 from sagellm_gateway.sessions.turns import answer_in_session, stream_in_session
 from sagellm_protocol import StreamEventDelta, StreamEventEnd
 from sagellm_protocol.openai import ChatCompletionRequest
@@ -38,9 +38,19 @@ class ChatService:
             return await answer_in_session(self._gateway, call, caller, self.answer)
         plan = await self._planner.plan(call, caller)
         response = (await self._gateway.answers.execute(plan.request)).raise_for_error()
-        outputs = sorted(response.outputs, key=_index_of)
-        choices = [plan.read(output) for output in outputs]
+        choices = [plan.read(output) for output in sorted(response.outputs, key=_index_of)]
         return Answer(choices, response.usage, response.metrics)
+
+    async def count_prompt_tokens(self, call: ChatCompletionRequest, caller: Caller) -> int:
+        """How many tokens the prompt of `call` has."""
+        request = (await self._planner.plan(call, caller)).request
+        token_ids = await self._gateway.manager.tokenize(
+            request.model,
+            messages=request.messages,
+            tools=request.tools,
+            chat_template_kwargs=request.chat_template_kwargs,
+        )
+        return len(token_ids)
 
     async def stream(self, call: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[Piece, None]:
         """The pieces of the answer as they are made; an error is raised where it happens."""
@@ -51,11 +61,16 @@ class ChatService:
             return
         plan = await self._planner.plan(call, caller)
         readers: dict[int, ChoiceReader] = {}
+        counts_usage = call.stream_options is not None and call.stream_options.counts_usage
+        num_output_tokens = 0
         async with aclosing(self._gateway.answers.stream(plan.request)) as events:
             async for event in events:
                 if isinstance(event, StreamEventDelta):
                     reader = readers.get(event.index) or readers.setdefault(event.index, plan.reader(event.index))
                     pieces = reader.feed(event.chunk, event.logprobs)
+                    if counts_usage:
+                        num_output_tokens += len(event.chunk_tokens)
+                        pieces = [OutputCount(num_output_tokens), *pieces]
                 elif isinstance(event, StreamEventEnd):
                     if event.error is not None:
                         raise event.error.to_exception()

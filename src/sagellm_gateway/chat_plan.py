@@ -1,8 +1,9 @@
 """How a chat request is carried out: the engine's request, the form its text must have, and who reads that text.
 
 A model's chat template says how it writes tool calls and thoughts. `tool_choice` decides what is demanded: `auto`
-leaves the text free (and holds strict tools to their schemas once a call begins), `required` and a named function
-force at least one call. What a model's template cannot do is refused by name.
+leaves the text free (and holds strict tools to their schemas once a call begins), or lets it be calls or the form that
+the request asks for; `required` and a named function force at least one call. What a model's template cannot do is
+refused by name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from sagellm_gateway.reasoning import ReasoningFormat
 from sagellm_gateway.tool_formats import ToolFormat
 from sagellm_protocol import (
     ChatMessage,
-    InvalidArgumentError,
     ModelDescription,
     Request,
     StructuredOutput,
@@ -112,7 +112,7 @@ class ChatPlanner:
         request = call.to_request(**caller.request_fields())
         if formats.reasoning is None and call.model_fields_set.isdisjoint(_PLANNED_FIELDS):
             return ChatPlan(request, formats, ())
-        tools = _tools_of(call)
+        tools = call.usable_tools
         changes: dict[str, Any] = {}
         has_form = bool(tools) or request.structured_output is not None
         token_ids = await self._token_ids_of_marks(model, formats) if has_form else {}
@@ -133,7 +133,7 @@ class ChatPlanner:
             tools,
             opens_thought=opens,
             one_call=call.parallel_tool_calls is False,
-            is_named=isinstance(call.tool_choice, NamedToolChoice),
+            is_named=isinstance(call.tool_mode, NamedToolChoice),
         )
 
     async def _opens_thought(
@@ -191,10 +191,6 @@ def _shows_marks(formats: ModelFormats, tools: Sequence[Tool]) -> bool:
     return (bool(tools) and formats.tools.marks_are_special) or (thoughts is not None and thoughts.marks_are_special)
 
 
-def _tools_of(call: ChatCompletionRequest) -> list[Tool]:
-    return [] if call.tool_choice == "none" else list(call.tools or ())
-
-
 def _form_of(
     call: ChatCompletionRequest,
     formats: ModelFormats,
@@ -206,10 +202,10 @@ def _form_of(
     if not tools:
         return form
     parallel = call.parallel_tool_calls is not False
-    if call.tool_choice == "required":
+    if call.tool_mode == "required":
         return formats.tools.grammar(tools, only=None, parallel=parallel, token_ids=token_ids)
-    if isinstance(call.tool_choice, NamedToolChoice):
-        only = call.tool_choice.function.name
+    if isinstance(call.tool_mode, NamedToolChoice):
+        only = call.tool_mode.function.name
         return formats.tools.grammar(tools, only=only, parallel=parallel, token_ids=token_ids)
     if not formats.knows_tools:
         raise UnsupportedError(
@@ -218,11 +214,7 @@ def _form_of(
             field="tools",
         )
     if form is not None:
-        raise InvalidArgumentError(
-            "response_format and tools with tool_choice 'auto' exclude each other, because a call is no such answer; "
-            "set tool_choice to 'none' or 'required', or leave response_format out",
-            field="response_format",
-        )
+        return formats.tools.grammar_beside(form, tools, parallel=parallel, token_ids=token_ids)
     if any(tool.function.strict for tool in tools):
         return formats.tools.lazy_grammar(tools, parallel=parallel, token_ids=token_ids)
     return None

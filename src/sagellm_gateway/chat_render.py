@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from sagellm_core.completion_render import tail_with_usage
 from sagellm_core.version import __version__
 from sagellm_gateway.pieces import (
     Answer,
@@ -16,6 +17,7 @@ from sagellm_gateway.pieces import (
     AnswerEnd,
     AnswerStart,
     ChoiceEnd,
+    OutputCount,
     ReasoningPiece,
     TextPiece,
     ToolCallPiece,
@@ -27,8 +29,12 @@ from sagellm_protocol.ids import random_hex
 _FINGERPRINT = f"sagellm-{__version__}"
 # id, created, model, choices, usage
 _BODY = (
-    b'{"id":"%b","object":"chat.completion","created":%d,"model":%b,"choices":%b,"usage":%b,'
+    b'{"id":"%b","object":"chat.completion","created":%d,"model":%b,"choices":[%b],"usage":%b,'
     b'"system_fingerprint":' + encode(_FINGERPRINT) + b"}"
+)
+# of a text and nothing else: index, content, finish_reason
+_PLAIN_CHOICE = (
+    b'{"index":%d,"message":{"role":"assistant","content":%b,"refusal":null},"logprobs":null,"finish_reason":"%b"}'
 )
 _USAGE = b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}'
 
@@ -39,7 +45,7 @@ def answer_body(model: str, answer: Answer) -> bytes:
         _new_id().encode(),
         time.time(),
         encode(model),
-        encode([_choice(index, choice) for index, choice in enumerate(answer.choices)]),
+        b",".join([_choice(index, choice) for index, choice in enumerate(answer.choices)]),
         _usage(answer.usage),
     )
 
@@ -47,10 +53,11 @@ def answer_body(model: str, answer: Answer) -> bytes:
 class ChunkWriter(PieceWriter):
     """The `chat.completion.chunk` messages of one streamed answer.
 
-    With `include_usage` every chunk has a `usage` that is null, and one without choices at the end has the figures.
+    With `include_usage` every chunk has a `usage`, and one without choices at the end has the figures. The others' is
+    null, or the usage so far with `counts_usage`.
     """
 
-    def __init__(self, model: str, *, num_choices: int, include_usage: bool) -> None:
+    def __init__(self, model: str, *, num_choices: int, include_usage: bool, counts_usage: bool = False) -> None:
         head = {
             "id": _new_id(),
             "object": "chat.completion.chunk",
@@ -62,12 +69,22 @@ class ChunkWriter(PieceWriter):
         self._tail = b'],"usage":null}' if include_usage else b"]}"
         self._num_choices = num_choices
         self._include_usage = include_usage
+        self._counts_usage = counts_usage
+        self._num_prompt_tokens = 0
 
     def start(self, piece: AnswerStart) -> bytes:
         """The chunk that says who speaks."""
+        if self._counts_usage:
+            self._num_prompt_tokens = piece.num_prompt_tokens
+            self._tail = tail_with_usage(self._num_prompt_tokens, 0)
         delta = {"role": "assistant", "content": ""}
         choices = [{"index": index, "delta": delta, "finish_reason": None} for index in range(self._num_choices)]
         return self._head + encode(choices)[1:-1] + self._tail
+
+    def count(self, piece: OutputCount) -> bytes:
+        """Nothing by itself; the next chunks tell the count."""
+        self._tail = tail_with_usage(self._num_prompt_tokens, piece.num_output_tokens)
+        return b""
 
     def text(self, piece: TextPiece) -> bytes:
         """The chunk of a text."""
@@ -119,7 +136,10 @@ def _new_id() -> str:
     return f"chatcmpl-{random_hex()}"
 
 
-def _choice(index: int, choice: AnswerChoice) -> dict[str, Any]:
+def _choice(index: int, choice: AnswerChoice) -> bytes:
+    is_said = choice.logprobs is None and choice.stop_reason is None
+    if is_said and not choice.tool_calls and not choice.reasoning:
+        return _PLAIN_CHOICE % (index, encode(choice.text), choice.finish_reason.encode())
     # A message without text says null where something else is there instead.
     has_else = bool(choice.tool_calls)
     message: dict[str, Any] = {"role": "assistant", "content": None if has_else and not choice.text else choice.text}
@@ -133,7 +153,7 @@ def _choice(index: int, choice: AnswerChoice) -> dict[str, Any]:
     body["finish_reason"] = choice.finish_reason
     if choice.stop_reason is not None:
         body["stop_reason"] = choice.stop_reason
-    return body
+    return encode(body)
 
 
 def _call_delta(piece: ToolCallPiece) -> dict[str, Any]:
@@ -144,8 +164,9 @@ def _call_delta(piece: ToolCallPiece) -> dict[str, Any]:
 
 
 def _usage(usage: Usage) -> bytes:
-    num_prompt, num_output = usage.prompt_tokens, usage.completion_tokens
-    return _USAGE % (num_prompt, num_output, num_prompt + num_output, usage.cached_tokens)
+    fields = usage.__dict__
+    num_prompt, num_output = fields["prompt_tokens"], fields["completion_tokens"]
+    return _USAGE % (num_prompt, num_output, num_prompt + num_output, fields["cached_tokens"])
 
 
 def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:

@@ -23,11 +23,12 @@ _FINISH_REASONS: dict[FinishReason, ChatFinishReason] = {
 
 def plain_choice(output: CompletionOutput) -> AnswerChoice:
     """The choice of a text that holds neither thoughts nor calls."""
+    fields = output.__dict__  # several times as fast as its attributes, and every answer comes by
     return AnswerChoice(
-        output.text,
-        finish_reason=_FINISH_REASONS[output.finish_reason],
-        stop_reason=output.stop_reason,
-        logprobs=output.logprobs,
+        fields["text"],
+        finish_reason=_FINISH_REASONS[fields["finish_reason"]],
+        stop_reason=fields["stop_reason"],
+        logprobs=fields["logprobs"],
     )
 
 

@@ -9,8 +9,8 @@ from functools import lru_cache
 
 def utc_now(num_digits: int) -> str:
     """This moment in UTC as ISO 8601 writes it, without the zone, its seconds with so many digits."""
-    seconds, ns = divmod(time.time_ns(), 10**9)
-    return f"{_second(seconds)}.{f'{ns:09d}'[:num_digits]}"
+    seconds, ns = divmod(time.time_ns(), 1_000_000_000)
+    return f"{_second(seconds)}.{str(1_000_000_000 + ns)[1 : 1 + num_digits]}"
 
 
 @lru_cache(maxsize=2)

@@ -11,7 +11,7 @@ Schemas come from the same types that check the bodies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -58,6 +58,8 @@ _MEANINGS = {
 }
 _TEXT: Schema = {"type": "string"}
 _OBJECT: Schema = {"type": "object"}
+_COMPONENTS = "#/components/schemas/"
+_APIS = ("Anthropic", "Ollama", "Responses")
 
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
 
@@ -151,10 +153,19 @@ class _Schemas:
         wanted: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = []
         wanted += [(kind, "validation") for kind in sorted(inputs, key=_name)]
         wanted += [(kind, "serialization") for kind in sorted(outputs, key=_name)]
-        references, definitions = models_json_schema(wanted, ref_template="#/components/schemas/{model}")
-        self.components: Schema = definitions.get("$defs", {})
-        self._inputs = {kind: schema for (kind, mode), schema in references.items() if mode == "validation"}
-        self._outputs = {kind: schema for (kind, mode), schema in references.items() if mode == "serialization"}
+        references, definitions = models_json_schema(wanted, ref_template=_COMPONENTS + "{model}")
+        named: Schema = definitions.get("$defs", {})
+        names = {_COMPONENTS + name: _COMPONENTS + _plain_name(name) for name in named}
+        assert len(set(names.values())) == len(names), "two types of one API have the same name"
+        self.components: Schema = {}
+        for name, schema in named.items():
+            # Generators of clients call a class by its title.
+            title = {"title": _plain_name(name)} if "title" in schema else {}
+            self.components[_plain_name(name)] = {**_renamed(schema, names), **title}
+        self._inputs = {kind: _renamed(ref, names) for (kind, mode), ref in references.items() if mode == "validation"}
+        self._outputs = {
+            kind: _renamed(ref, names) for (kind, mode), ref in references.items() if mode == "serialization"
+        }
 
     def of_body(self, body: type[BaseModel] | Schema) -> Schema:
         return self._inputs[body] if isinstance(body, type) else body
@@ -165,6 +176,20 @@ class _Schemas:
 
 def _name(kind: type[BaseModel]) -> str:
     return kind.__name__
+
+
+def _plain_name(name: str) -> str:
+    """The name of a type with that of its API in front where several have one: `OllamaToolCall`, `ToolCallInput`."""
+    *modules, kind = name.split("__")
+    return "".join(api for api in _APIS if api.lower() in modules) + kind.replace("-", "")
+
+
+def _renamed(schema: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(schema, dict):
+        return {key: _renamed(value, names) for key, value in schema.items()}
+    if isinstance(schema, list):
+        return [_renamed(value, names) for value in schema]
+    return names.get(schema, schema) if isinstance(schema, str) else schema
 
 
 def _complete(operation: Schema, path: str, description: Description, schemas: _Schemas) -> None:

@@ -37,6 +37,19 @@ def lark_mark(mark: str, token_ids: Mapping[str, int]) -> str:
     return f"<[{token_ids[mark]}]>" if mark in token_ids else lark_string(mark)
 
 
+def lark_form(form: StructuredOutput) -> str:
+    """A form as the right side of a rule; raises `InvalidArgumentError` if it is no grammar."""
+    if form.json_object:
+        return lark_json({"type": "object"})
+    if form.json_schema is not None:
+        return lark_json(form.json_schema)
+    if form.choice is not None:
+        return " | ".join(lark_string(text) for text in form.choice)
+    if form.regex is not None:
+        return f"/{_with_slashes_escaped(form.regex)}/"
+    return f"%lark {{\n{_in_lark(form.grammar or '')}\n}}"
+
+
 def text_until(name: str, mark: str, token_ids: Mapping[str, int]) -> str:
     """The rule `name` for any text up to the first `mark`, and the mark itself."""
     if mark in token_ids:  # which no text between tokens can hold
@@ -50,3 +63,24 @@ def grammar_of(rules: list[str], *, field: str) -> StructuredOutput:
         return StructuredOutput(grammar="\n".join([*rules, ""]))
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"the grammar that {field} ask for is too large: {error}", field=field) from error
+
+
+def _with_slashes_escaped(regex: str) -> str:
+    escaped, is_escaped = [], False
+    for char in regex:
+        escaped.append("\\/" if char == "/" and not is_escaped else char)
+        is_escaped = char == "\\" and not is_escaped
+    return "".join(escaped)
+
+
+def _in_lark(grammar: str) -> str:
+    if "::=" not in grammar:
+        return grammar
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return str(gbnf_to_lark(grammar))
+    except Exception as error:  # whatever the converter stumbles over
+        raise InvalidArgumentError(
+            f"grammar cannot be read: {error}; write it in Lark's notation", field="structured_output"
+        ) from error

@@ -1,9 +1,9 @@
 """What an answer to a conversation is made of, before any API gives it a form.
 
 `ChatService` yields these pieces in order: one `AnswerStart`; for every choice its `ReasoningPiece`s, `TextPiece`s and
-`ToolCallPiece`s and one `ChoiceEnd`; one `AnswerEnd`. Every API (OpenAI's chat and responses, Anthropic's, Ollama's)
-renders them, and none of them looks into a model's own text again. There is at least one piece a token, so they are the
-cheapest objects to make.
+`ToolCallPiece`s and one `ChoiceEnd`; one `AnswerEnd`; an `OutputCount` before those of every token where a request
+asks for it. Every API (OpenAI's chat and responses, Anthropic's, Ollama's) renders them, and none of them looks into a
+model's own text again. There is at least one piece a token, so they are the cheapest objects to make.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ class AnswerStart(msgspec.Struct, frozen=True):
     """The request is accepted; the prompt has so many tokens."""
 
     num_prompt_tokens: int
+
+
+class OutputCount(msgspec.Struct, frozen=True):
+    """So many tokens of all choices are there with the pieces that follow; only for a caller that counts along."""
+
+    num_output_tokens: int
 
 
 class TextPiece(msgspec.Struct, frozen=True):
@@ -66,7 +72,7 @@ class AnswerEnd(msgspec.Struct, frozen=True):
     metrics: Metrics
 
 
-Piece = AnswerStart | ReasoningPiece | TextPiece | ToolCallPiece | ChoiceEnd | AnswerEnd
+Piece = AnswerStart | OutputCount | ReasoningPiece | TextPiece | ToolCallPiece | ChoiceEnd | AnswerEnd
 
 
 @dataclass(slots=True)
@@ -82,7 +88,7 @@ class AnswerChoice:
 
     def add(self, piece: Piece) -> None:
         """Put the next piece of this choice to it; those of the whole answer say nothing of a choice."""
-        if isinstance(piece, (AnswerStart, AnswerEnd)):
+        if isinstance(piece, (AnswerStart, OutputCount, AnswerEnd)):
             return
         if isinstance(piece, ChoiceEnd):
             self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
@@ -118,7 +124,7 @@ def collect(pieces: Iterable[Piece]) -> Answer:
     for piece in pieces:
         if isinstance(piece, AnswerEnd):
             end = piece
-        elif not isinstance(piece, AnswerStart):
+        elif not isinstance(piece, (AnswerStart, OutputCount)):
             choice = choices.get(piece.index) or choices.setdefault(piece.index, AnswerChoice())
             choice.add(piece)
     end = end or AnswerEnd(Usage(), Metrics())

@@ -36,7 +36,7 @@ def run_gateway(
         start=start or gateway.manager.start,
         announce=announce,
         options=_options(server),
-        on_drain=gateway.drain,
+        on_drain=lambda: gateway.drain(server.drain_delay_s),
     )
 
 

@@ -54,7 +54,7 @@ class ServerSettings(EdgeModel):
     body_timeout_s: _Seconds = Field(default=30, description="Between two parts of a body.")
     send_timeout_s: _Seconds = Field(default=120, description="How long a client may take nothing of its answer.")
     drain_delay_s: float = Field(
-        default=0, ge=0, le=3600, description="How long after SIGTERM connections are still taken, for a load balancer."
+        default=0, ge=0, le=3600, description="How long after SIGTERM it serves on, for a load balancer to notice."
     )
     grace_s: float = Field(default=30, ge=0, le=86_400, description="What answers in flight get after SIGTERM.")
     max_header_bytes: int = Field(default=32_768, ge=1024, le=2**20)

@@ -11,16 +11,22 @@ from sagellm_protocol.model import EchoedModel, EdgeModel, Remedy
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_TOOL_NAME = 128  # Anthropic's limit; OpenAI's is 64
 MAX_PARTS = 1024
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ToolName = Annotated[
-    str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$"), Remedy("use 1 to 64 letters, digits, underscores, dots or dashes")
+    str,
+    Field(pattern=rf"^[a-zA-Z0-9_.-]{{1,{MAX_TOOL_NAME}}}$"),
+    Remedy(f"use 1 to {MAX_TOOL_NAME} letters, digits, underscores, dots or dashes"),
 ]
 
 
-class TextPart(EdgeModel):
-    """One text piece of a message's content; other kinds of content (images, audio) aren't understood."""
+class TextPart(EchoedModel):
+    """One text piece of a message's content; other kinds of content (images, audio) aren't understood.
+
+    Of an answer that is sent back it may keep more (``annotations``), which doesn't reach the model.
+    """
 
     type: Annotated[Literal["text"], Remedy("only text content is supported")] = "text"
     text: str

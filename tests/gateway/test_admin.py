@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi import Request as HttpRequest
 
-from asgi_client import LeavingClient, client_of, until
+from asgi_client import LeavingClient, client_of
 from fake_engine import FakeEngine
 from sagellm_control_plane import ControlPlaneManager, EngineConfig, EngineState
 from sagellm_gateway import create_app
@@ -24,6 +24,7 @@ from sagellm_gateway.routes.admin import config
 from sagellm_gateway.sessions import SessionSettings
 from sagellm_gateway.settings import AuthSettings, GatewaySettings
 from sagellm_protocol import NotFoundError, PermissionDeniedError, Request, UnavailableError
+from waiting import until
 
 CHAT = "/v1/chat/completions"
 WAIT = {"messages": [{"role": "user", "content": "wait"}]}
@@ -125,19 +126,11 @@ async def test_the_stream_of_stats_goes_on_until_its_reader_leaves(app: Gateway)
         reader = LeavingClient(app, "/admin/stats/stream", {})
         reader.scope["method"] = "GET"
         reader.scope["headers"] = [(b"host", b"localhost")]
-        await until_slow(lambda: sum(b"data: " in message.get("body", b"") for message in reader.sent) >= 2)
+        await until(lambda: sum(b"data: " in message.get("body", b"") for message in reader.sent) >= 2)
         first = next(message["body"] for message in reader.sent if message.get("body"))
         assert json.loads(first.removeprefix(b"data: "))["engines"][0]["engine_id"] == "engine-0"
         reader.leave()
         await reader.done
-
-
-async def until_slow(condition: Any) -> None:
-    for _ in range(100):
-        if condition():
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("it never came true")
 
 
 async def test_config_tells_engines_and_no_secret(made: Made) -> None:

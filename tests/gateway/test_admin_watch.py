@@ -10,12 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
-from asgi_client import LeavingClient, until
+from asgi_client import LeavingClient
 from fake_engine import FakeEngine
 from sagellm_control_plane import ControlPlaneManager
 from sagellm_control_plane.events import EventKind
 from sagellm_gateway import create_app
 from sagellm_gateway.app import Gateway
+from waiting import until
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
@@ -158,7 +159,7 @@ async def test_events_end_when_the_server_is_about_to(
     reader = reader_of(app)
     await until(lambda: reader.sent)
     app.drain()
-    await asyncio.wait_for(reader.done, 5)
+    await asyncio.wait_for(reader.done, 60)
     assert reader.sent[-1]["more_body"] is False
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import httpx
 import pytest
 
-from asgi_client import LeavingClient, client_of, read_events, until
+from asgi_client import LeavingClient, client_of, read_events
 from fake_engine import FakeEngine
 from live_server import serving
 from sagellm_control_plane import ControlPlaneManager, EngineConfig
 from sagellm_gateway import create_app
 from sagellm_gateway.app import Gateway
+from waiting import until
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -58,6 +59,35 @@ async def test_a_chat_stream(client: httpx.AsyncClient, include_usage: bool) -> 
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "w0 w1 w2 "
     assert [event["choices"][0]["finish_reason"] for event in events] == [None] * 4 + ["length"]
     assert all(("usage" in event) == include_usage and event.get("usage") is None for event in events)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "expected"),
+    [
+        (CHAT, {"messages": HELLO, "max_tokens": 3}, [(1, 0), (1, 1), (1, 2), (1, 3), (1, 3)]),
+        (
+            "/v1/completions",
+            {"prompt": ["a b", "c"], "max_tokens": 2},
+            [(2, 1), (2, 2), (2, 2), (3, 3), (3, 4), (3, 4)],
+        ),
+    ],
+)
+async def test_chunks_tell_the_usage_so_far_to_who_asks(
+    client: httpx.AsyncClient, path: str, asked: dict[str, Any], expected: list[tuple[int, int]]
+) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = await read_events(client, path, {"model": "m", "stream": True, "stream_options": options, **asked})
+    *chunks, last, done = events
+    assert done == "[DONE]"
+    usages = [chunk["usage"] for chunk in chunks]
+    assert [(usage["prompt_tokens"], usage["completion_tokens"]) for usage in usages] == expected
+    assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+    assert last["choices"] == []
+    assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == expected[-1]
+    # Alone it changes nothing: usage is not asked for.
+    alone = {"continuous_usage_stats": True}
+    events = await read_events(client, path, {"model": "m", "stream": True, "stream_options": alone, **asked})
+    assert not any("usage" in event for event in events[:-1])
 
 
 async def test_completions_take_several_prompts(client: httpx.AsyncClient) -> None:
@@ -187,8 +217,8 @@ async def test_what_cannot_be_got_has_no_head(client: httpx.AsyncClient) -> None
     assert (refused.status_code, refused.content, refused.headers["allow"]) == (405, b"", "POST")
     assert (await client.post("/health")).headers["allow"] == "GET, HEAD"
     page = (await client.get("/metrics")).text
-    assert f'http_requests_total{{handler="{CHAT}",method="HEAD",status="405"}}' not in page
-    assert 'http_requests_total{handler="other",method="HEAD",status="404"} 1' in page
+    assert f'http_requests_total{{code="405",handler="{CHAT}",method="HEAD",status="4xx"}}' not in page
+    assert 'http_requests_total{code="404",handler="other",method="HEAD",status="4xx"} 1' in page
 
 
 async def test_a_model_name_may_hold_slashes() -> None:

@@ -14,7 +14,6 @@ from sagellm_gateway.pieces import AnswerChoice, ChoiceEnd, ReasoningPiece, Text
 from sagellm_protocol import (
     SLO,
     FinishReason,
-    InvalidArgumentError,
     ModelDescription,
     RequestPriority,
     UnsupportedError,
@@ -110,9 +109,12 @@ async def test_tools_of_a_template_without_tools_must_be_forced() -> None:
     assert '"["' in grammar_of(await plan("{{ messages }}", tools=[WEATHER], tool_choice="required"))
 
 
-async def test_a_form_and_free_calls_exclude_each_other() -> None:
-    with pytest.raises(InvalidArgumentError, match="exclude each other"):
-        await plan(QWEN, tools=[WEATHER], response_format={"type": "json_object"})
+async def test_with_a_form_the_model_may_still_call() -> None:
+    made = await plan(QWEN, tools=[WEATHER], response_format={"type": "json_object"})
+    assert grammar_of(made).startswith("start: <[5]> calls | answer\nanswer: %json {")
+    open_thought = await plan(R1, "<think>\n", tools=[WEATHER], guided_choice=["yes", "no"])
+    assert grammar_of(open_thought).startswith("start: thought BLANKS? answer\n")
+    assert 'answer: "yes" | "no"' in grammar_of(open_thought)
 
 
 async def test_the_model_is_asked_once() -> None:

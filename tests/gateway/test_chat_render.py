@@ -12,6 +12,7 @@ from sagellm_gateway.pieces import (
     AnswerEnd,
     AnswerStart,
     ChoiceEnd,
+    OutputCount,
     Piece,
     ReasoningPiece,
     TextPiece,
@@ -43,6 +44,13 @@ USAGE_BODY = {
     "total_tokens": 5,
     "prompt_tokens_details": {"cached_tokens": 1},
 }
+
+
+def test_the_usage_so_far_is_told_in_every_chunk() -> None:
+    writer = ChunkWriter("m", num_choices=1, include_usage=True, counts_usage=True)
+    pieces = [AnswerStart(3), OutputCount(2), ReasoningPiece(0, "hm"), OutputCount(5), TextPiece(0, "a", [])]
+    written = [writer.write(piece) for piece in (*pieces, ChoiceEnd(0, "stop"))]
+    assert [json.loads(message)["usage"]["completion_tokens"] for message in written if message] == [0, 2, 5, 5]
 
 
 def messages(include_usage: bool) -> list[dict[str, Any]]:

@@ -104,12 +104,19 @@ async def test_a_count_is_that_of_the_prompt(builtin: httpx.AsyncClient) -> None
         assert count == usage["input_tokens"] + usage["cache_read_input_tokens"] > 5
 
 
+async def test_errors_of_the_engine_name_them_too(builtin: httpx.AsyncClient) -> None:
+    form = {"type": "json_schema", "schema": {"type": "nothing"}}
+    body = {"messages": MESSAGES, "max_tokens": 1, "output_config": {"format": form}}
+    answer = await builtin.post("/v1/messages", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("output_config.format: it cannot be compiled")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("path", "fields", "named"),
     [
         ("/v1/responses", {"reasoning": {"effort": "high"}}, "reasoning.effort"),
-        ("/v1/messages", {"output_config": {"effort": "high"}}, "output_config.effort"),
         ("/api/chat", {"think": "high"}, "think"),
     ],
 )

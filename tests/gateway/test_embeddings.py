@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from asgi_client import LeavingClient, client_of, until
+from asgi_client import LeavingClient, client_of
 from cli_process import server
 from encoder_zoo import build_encoder
 from fake_engine import FakeEngine
@@ -24,6 +24,7 @@ from sagellm_gateway.app import Gateway
 from sagellm_gateway.keys import new_key
 from sagellm_gateway.settings import GatewaySettings
 from tiny_engine import make_engine
+from waiting import until
 
 PATH = "/v1/embeddings"
 

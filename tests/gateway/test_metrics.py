@@ -9,9 +9,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asgi_client import LeavingClient, until
+from asgi_client import LeavingClient
 from fake_engine import FakeEngine
 from sagellm_gateway.app import Gateway
+from waiting import until
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
@@ -76,6 +77,8 @@ async def test_requests_in_the_gateways_queue_are_waiting(
     labels = 'engine="fake",model_name="m"'
     assert page[f"vllm:num_requests_running{{{labels}}}"] == 1
     assert page[f"vllm:num_requests_waiting{{{labels}}}"] == 2
+    assert page[f'vllm:engine_sleep_state{{{labels},sleep_state="awake"}}'] == 1
+    assert page[f'vllm:engine_sleep_state{{{labels},sleep_state="weights_offloaded"}}'] == 0
     assert page["http_requests_inprogress"] == 4  # with this one
     engine.gate.set()
     for caller in callers:
@@ -96,11 +99,11 @@ async def test_calls_are_counted_by_route_and_status(client: httpx.AsyncClient) 
     page = await scrape(client)
     ended = {name: value for name, value in page.items() if name.startswith("http_requests_total")}
     assert ended == {
-        f'http_requests_total{{handler="{CHAT}",method="POST",status="200"}}': 1,
-        f'http_requests_total{{handler="{CHAT}",method="POST",status="400"}}': 1,
-        'http_requests_total{handler="/v1/models/{model:path}",method="GET",status="200"}': 1,
-        'http_requests_total{handler="/v1/models/{model:path}",method="GET",status="404"}': 1,
-        'http_requests_total{handler="other",method="GET",status="404"}': 2,
-        'http_requests_total{handler="other",method="OTHER",status="404"}': 1,
+        f'http_requests_total{{code="200",handler="{CHAT}",method="POST",status="2xx"}}': 1,
+        f'http_requests_total{{code="400",handler="{CHAT}",method="POST",status="4xx"}}': 1,
+        'http_requests_total{code="200",handler="/v1/models/{model:path}",method="GET",status="2xx"}': 1,
+        'http_requests_total{code="404",handler="/v1/models/{model:path}",method="GET",status="4xx"}': 1,
+        'http_requests_total{code="404",handler="other",method="GET",status="4xx"}': 2,
+        'http_requests_total{code="404",handler="other",method="OTHER",status="4xx"}': 1,
     }
     assert page[f'http_request_duration_seconds_count{{handler="{CHAT}",method="POST"}}'] == 2

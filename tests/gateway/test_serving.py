@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from cli_process import ServerProcess, run_process, server
+from waiting import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -55,13 +56,14 @@ def ask(url: str, data: bytes) -> bytes:
 
 
 def wait_until_closed_to_new_work(url: str) -> None:
-    for _ in range(100):
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
         try:
             connect(url).close()
         except OSError:
             return
+        assert time.monotonic() < deadline, "the server still takes connections"
         time.sleep(0.05)
-    raise AssertionError("the server still takes connections")
 
 
 def test_a_signal_lets_streams_end_and_takes_nothing_new(tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_a_signal_lets_streams_end_and_takes_nothing_new(tmp_path: Path) -> None
             rest = [line for line in chunks if line]
             assert len(rest) > 10
             assert rest[-1] == "data: [DONE]"
-        assert process.process.wait(timeout=10) == 0
+        assert process.process.wait(timeout=30) == 0
         assert not [line for line in process.log if "Traceback" in line]
 
 
@@ -91,18 +93,17 @@ def test_the_grace_period_ends(tmp_path: Path) -> None:
     with gateway(tmp_path, server={"grace_s": 0.3}) as process, streaming(process.url, "wait"):
         started_at = time.monotonic()
         assert process.stop(signal.SIGTERM) == 0
-        assert time.monotonic() - started_at < 5
+        assert time.monotonic() - started_at < 20  # 30 s are the default
 
 
 def test_a_load_balancer_gets_time_to_see_that_it_ends(tmp_path: Path) -> None:
     with gateway(tmp_path, server={"drain_delay_s": 60}) as process:
         process.process.send_signal(signal.SIGTERM)
-        for _ in range(200):
+        while httpx.get(f"{process.url}/ready").status_code != 503:
             time.sleep(0.05)
-            if httpx.get(f"{process.url}/ready").status_code == 503:
-                break
-        refused = httpx.post(f"{process.url}{CHAT}", json=chat("hi"))
-        assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+        # What it is still sent is answered, and the connection is not for more.
+        served = httpx.post(f"{process.url}{CHAT}", json=chat("hi"))
+        assert (served.status_code, served.headers["connection"]) == (200, "close")
         assert process.stop(signal.SIGTERM) == 0  # which cuts the delay
 
 
@@ -131,7 +132,7 @@ def test_it_does_not_listen_beyond_this_machine_without_a_key(tmp_path: Path) ->
 
 
 def test_headers_that_are_too_large_or_too_slow(tmp_path: Path) -> None:
-    with gateway(tmp_path, server={"max_header_bytes": 2048, "header_timeout_s": 0.3}) as process:
+    with gateway(tmp_path, server={"max_header_bytes": 2048, "header_timeout_s": 2}) as process:
         head = b"GET /version HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
         assert b" 200 OK" in ask(process.url, head + b"x: " + b"y" * 1500 + b"\r\n\r\n")
         assert b" 431 " in ask(process.url, head + b"x: " + b"y" * 3000 + b"\r\n\r\n")
@@ -153,7 +154,7 @@ def test_headers_that_are_too_large_or_too_slow(tmp_path: Path) -> None:
 
 
 def test_a_body_that_does_not_come(tmp_path: Path) -> None:
-    with gateway(tmp_path, server={"body_timeout_s": 0.2}) as process:
+    with gateway(tmp_path, server={"body_timeout_s": 1}) as process:
         head = (
             b"POST %s HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 100\r\n\r\n{" % CHAT.encode()
         )
@@ -170,11 +171,8 @@ def test_a_client_that_takes_nothing_of_its_answer_is_let_go(tmp_path: Path) -> 
             connection.sendall(head + body)
             assert b" 200 OK" in connection.recv(64)
             assert num_running(process.url) == 1
-            for _ in range(100):
+            while num_running(process.url):
                 time.sleep(0.1)
-                if num_running(process.url) == 0:
-                    return
-        raise AssertionError("the request of a client that reads nothing still runs")
 
 
 def num_running(url: str) -> int:

@@ -14,13 +14,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 import sagellm_gateway.tracing
-from asgi_client import LeavingClient, client_of, until
+from asgi_client import LeavingClient, client_of
 from fake_engine import FakeEngine
 from sagellm_control_plane import ControlPlaneManager
 from sagellm_gateway import create_app
 from sagellm_gateway.app import Gateway
 from sagellm_gateway.settings import GatewaySettings
 from sagellm_gateway.tracing import TracingSettings
+from waiting import until
 
 CHAT = "/v1/chat/completions"
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -136,6 +137,14 @@ async def test_several_prompts_add_up(client: httpx.AsyncClient, exporter: InMem
     assert attributes["gen_ai.usage.input_tokens"] == 3
     assert attributes["gen_ai.usage.output_tokens"] == 4
     assert attributes["gen_ai.response.finish_reasons"] == ("length", "length")
+
+
+async def test_an_embedding_is_no_completion(client: httpx.AsyncClient, exporter: InMemorySpanExporter) -> None:
+    answer = await client.post("/v1/embeddings", json={"model": "m", "input": "a"})
+    assert answer.status_code == 200, answer.text
+    span = only_span(exporter)
+    assert span.name == "embeddings m"
+    assert not {"gen_ai.request.max_tokens", "gen_ai.request.stream"} & set(span.attributes or {})
 
 
 async def test_failures_are_marked(client: httpx.AsyncClient, exporter: InMemorySpanExporter) -> None:

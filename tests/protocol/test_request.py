@@ -130,7 +130,7 @@ def test_messages_become_what_templates_expect() -> None:
     call = {"id": "c1", "function": {"name": "add", "arguments": "{}"}}
     request = Request(
         messages=[
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b", "annotations": []}]},
             {"role": "assistant", "tool_calls": [call], "refusal": None, "annotations": []},
             {"role": "tool", "content": "3", "tool_call_id": "c1"},
         ]

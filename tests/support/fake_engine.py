@@ -51,6 +51,7 @@ class FakeEngine:
         self.awake = asyncio.Event()
         self.awake.set()
         self.fail_start = fail_start
+        self.chat_template: str | None = None
         self.num_starts = 0
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
@@ -234,7 +235,11 @@ class FakeEngine:
 
     async def describe_model(self) -> ModelDescription:
         return ModelDescription(
-            model=self.config.model_path, vocab_size=1000, hidden_size=4, max_model_len=self.config.max_model_len
+            model=self.config.model_path,
+            vocab_size=1000,
+            hidden_size=4,
+            max_model_len=self.config.max_model_len,
+            chat_template=self.chat_template,
         )
 
     async def tokenize(self, request: TokenizeRequest, /) -> list[int]:

@@ -17,6 +17,7 @@ def model_info(card: ModelCard) -> dict[str, Any]:
         "id": card.id,
         "display_name": card.id,
         "created_at": created,
+        "lifecycle": "active",
         "max_input_tokens": card.max_model_len,
         "max_tokens": card.max_model_len,
     }

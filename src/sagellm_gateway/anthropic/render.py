@@ -45,7 +45,8 @@ def message_body(call: MessagesRequest, answer: Answer) -> bytes:
         function = tool_call.function
         arguments = arguments_object(function.arguments)
         content.append({"type": "tool_use", "id": tool_call.id, "name": function.name, "input": arguments})
-    ending = _ending(call, choice.finish_reason, choice.stop_reason, answer.usage)
+    reason = _reason(choice.finish_reason, has_calls=bool(choice.tool_calls))
+    ending = _ending(call, reason, choice.stop_reason, answer.usage)
     return encode({**_head(call.model), "content": content, **ending, "usage": _usage(answer.usage)})
 
 
@@ -57,6 +58,7 @@ class EventWriter(FramingWriter):
         self._shows_thinking = _shows_thinking(call)
         self._index = -1
         self._kind: str | None = None  # of the block that is open
+        self._has_calls = False
         self._delta_head = b""
         self._end: ChoiceEnd | None = None
 
@@ -78,6 +80,7 @@ class EventWriter(FramingWriter):
         """A block for each call, its arguments as deltas."""
         opened = b""
         if piece.name is not None:
+            self._has_calls = True
             opened = self._open("tool_use", {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}})
         if not piece.arguments:
             return opened
@@ -91,7 +94,8 @@ class EventWriter(FramingWriter):
     def end(self, piece: AnswerEnd) -> bytes:
         """Why the message ended, and its figures."""
         assert self._end is not None, "the choice ends before the answer"
-        delta = _ending(self._call, self._end.finish_reason, self._end.stop_reason, piece.usage)
+        reason = _reason(self._end.finish_reason, has_calls=self._has_calls)
+        delta = _ending(self._call, reason, self._end.stop_reason, piece.usage)
         return _event("message_delta", {"delta": delta, "usage": _usage(piece.usage)}) + _event("message_stop", {})
 
     def fail(self, error: SageLLMError) -> bytes:
@@ -141,6 +145,11 @@ def _shows_thinking(call: MessagesRequest) -> bool:
 
 def _head(model: str) -> dict[str, Any]:
     return {"id": f"msg_{random_hex()}", "type": "message", "role": "assistant", "model": model}
+
+
+def _reason(finish_reason: ChatFinishReason, *, has_calls: bool) -> ChatFinishReason:
+    """Why the answer ended: of a call that the request named, the chat request's own form says `stop`."""
+    return "tool_calls" if has_calls and finish_reason == "stop" else finish_reason
 
 
 def _ending(

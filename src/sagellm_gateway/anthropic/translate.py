@@ -1,13 +1,15 @@
 """From a request for a message to a chat request.
 
-A user's message with tool results becomes one `tool` message each, then the rest. Blocks of text are paragraphs. The
-last message may be the beginning of the answer, which the model then continues.
+A user's message with tool results becomes one `tool` message each, then the rest. Blocks of text are paragraphs, and so
+are messages of one role in a row: as the original, and because many chat templates want roles in turn. The last message
+may be the beginning of the answer, which the model then continues.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 from sagellm_gateway.anthropic.types import (
@@ -38,15 +40,22 @@ CHAT_FIELDS = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
     "structured_output": "output_config.format",
-    "reasoning_effort": "output_config.effort",
 }
+
+# Claude Code begins its instructions by saying which client it is, with a number of the conversation: nothing for the
+# model, and no prefix of another conversation's prompt would be found in the cache.
+_CLIENT_MARK = "x-anthropic-billing-header:"
 
 # Marks a result that is an error, for which chat templates have no place.
 _ERROR_MARK = "Error: "
 
+# Instructions amid a conversation, which templates forget or refuse; agents explain this mark to the model.
+_REMINDER = "<system-reminder>\n{}\n</system-reminder>"
+
 
 def to_chat(call: MessagesRequest) -> ChatCompletionRequest:
-    """The chat request for `call`; raises `InvalidArgumentError` that names the field of `call`."""
+    """The chat request for `call`; raises an error that names the field of `call`."""
+    call.refuse_unsupported()
     fields: dict[str, Any] = {
         "model": call.model,
         "messages": to_messages(call),
@@ -58,7 +67,6 @@ def to_chat(call: MessagesRequest) -> ChatCompletionRequest:
         "stream": call.stream,
         "user": None if call.metadata is None else call.metadata.user_id,
         "response_format": _response_format(call),
-        "reasoning_effort": None if call.output_config is None else call.output_config.effort,
         "chat_template_kwargs": template_options(call),
         **_tools(call),
     }
@@ -67,12 +75,16 @@ def to_chat(call: MessagesRequest) -> ChatCompletionRequest:
 
 def to_messages(call: MessagesRequest | CountTokensRequest) -> list[ChatMessage]:
     """The conversation."""
-    messages = []
-    if call.system:
-        messages.append(ChatMessage(role="system", content=_joined(call.system)))
+    messages: list[ChatMessage] = []
+    system = call.system or ()
+    if isinstance(system, list):
+        system = [block for block in system if not block.text.startswith(_CLIENT_MARK)]
+    if system:
+        messages.append(ChatMessage(role="system", content=_joined(system)))
     for message in call.messages:
-        messages += _assistant(message) if message.role == "assistant" else _other(message)
-    return messages
+        is_amid = bool(messages) and messages[-1].role != "system"
+        messages += _assistant(message) if message.role == "assistant" else _other(message, is_amid=is_amid)
+    return [_as_one(list(run)) for _, run in groupby(messages, _run_of)]
 
 
 def to_tools(call: MessagesRequest | CountTokensRequest) -> list[Tool] | None:
@@ -83,8 +95,13 @@ def to_tools(call: MessagesRequest | CountTokensRequest) -> list[Tool] | None:
 
 
 def template_options(call: MessagesRequest | CountTokensRequest) -> dict[str, Any]:
-    """Variables of the chat template: no thinking unless it is asked for; an answer that has begun goes on."""
+    """Variables of the chat template: no thinking unless it is asked for; an answer that has begun goes on.
+
+    The effort is a hint, which agents send to any model: a template that knows none doesn't look at it.
+    """
     options: dict[str, Any] = {"enable_thinking": call.thinking is not None and call.thinking.is_on}
+    if call.output_config is not None and call.output_config.effort is not None:
+        options["reasoning_effort"] = call.output_config.effort
     last = call.messages[-1]
     if last.role == "assistant":
         is_text = isinstance(last.content, str) or all(isinstance(block, TextBlock) for block in last.content)
@@ -101,7 +118,21 @@ def template_options(call: MessagesRequest | CountTokensRequest) -> dict[str, An
 # ---- messages -----------------------------------------------------------------------------------------
 
 
-def _other(message: Message) -> list[ChatMessage]:
+def _run_of(message: ChatMessage) -> str | int:
+    """Equal for messages in a row that make up one; those that hold more than a text stay alone."""
+    is_text = message.role != "tool" and message.tool_calls is None and message.reasoning_content is None
+    return message.role if is_text else id(message)
+
+
+def _as_one(run: list[ChatMessage]) -> ChatMessage:
+    if len(run) == 1:
+        return run[0]
+    return run[0].model_copy(update={"content": "\n\n".join(message.text for message in run if message.text)})
+
+
+def _other(message: Message, *, is_amid: bool) -> list[ChatMessage]:
+    if message.role == "system" and is_amid:
+        return [ChatMessage(role="user", content=_REMINDER.format(_joined(message.content)))]
     if isinstance(message.content, str):
         return [ChatMessage(role=message.role, content=message.content)]
     messages = [_tool_message(block) for block in message.content if isinstance(block, ToolResultBlock)]
@@ -176,7 +207,7 @@ def _tool(tool: ToolDefinition) -> Tool:
 
 
 def _response_format(call: MessagesRequest) -> ResponseFormat | None:
-    wanted = None if call.output_config is None else call.output_config.format
+    wanted = call.output_format if call.output_config is None else call.output_config.format or call.output_format
     if wanted is None:
         return None
     return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=wanted.schema_))

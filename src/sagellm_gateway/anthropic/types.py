@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
-from sagellm_protocol import InvalidArgumentError
+from sagellm_protocol import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.fields import MaxTokens, StopStrings, TopK, TopP
 from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS, ToolName
 from sagellm_protocol.model import EdgeModel, Remedy
@@ -70,6 +70,7 @@ class ToolUseBlock(_Block):
     name: ToolName
     input: dict[str, JsonValue]
     caller: JsonValue = None
+    toolset_name: str | None = Field(default=None, max_length=256)
 
 
 Texts = str | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS)]
@@ -82,6 +83,7 @@ class ToolResultBlock(_Block):
     tool_use_id: BlockId
     content: Annotated[Texts, Remedy("only text is understood, no images or documents")] = ""
     is_error: bool = False
+    toolset_name: str | None = Field(default=None, max_length=256)
 
 
 Block = Annotated[
@@ -220,6 +222,7 @@ class _Prompt(EdgeModel):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = Field(default=None, description="The older name of `output_config.format`.")
     cache_control: CacheControl | None = None
     context_management: ContextManagement | None = None
     speed: Literal["standard"] | None = None
@@ -240,6 +243,16 @@ class MessagesRequest(_Prompt):
     top_k: TopK | None = None
     metadata: CallerMetadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    thread: JsonValue = None
+
+    def refuse_unsupported(self) -> None:
+        """Raise `UnsupportedError` for a conversation that the server is to keep; by its code clients send it whole."""
+        if self.thread is not None:
+            raise UnsupportedError(
+                "thread is not supported here; send the whole conversation without it",
+                field="thread",
+                error_code="thread_unsupported_request",
+            )
 
 
 class CountTokensRequest(_Prompt):

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from sagellm_gateway.body import LATEST
+from sagellm_gateway.chat_plan import formats_of
 from sagellm_protocol import NotFoundError
 from sagellm_protocol.model_description import ModelDescription
 from sagellm_protocol.openai import ModelCard
 
-_LATEST = ":latest"
 _NEVER = "2300-01-01T00:00:00Z"  # what is served stays
 _ARCHITECTURE_ENDS = ("ForCausalLM", "LMHeadModel", "Model")
 _UNKNOWN: dict[str, Any] = {"size": 0, "digest": "", "details": {}}
@@ -23,7 +24,7 @@ _UNKNOWN: dict[str, Any] = {"size": 0, "digest": "", "details": {}}
 
 def tagged(name: str) -> str:
     """A served model's name as this API shows it."""
-    return name if ":" in name else name + _LATEST
+    return name if ":" in name else name + LATEST
 
 
 def find_model(cards: Mapping[str, ModelCard], name: str) -> ModelCard:
@@ -33,12 +34,12 @@ def find_model(cards: Mapping[str, ModelCard], name: str) -> ModelCard:
     """
     if name == "default" and cards:  # the body named none, and the gateway has no favourite
         return next(iter(cards.values()))
-    for candidate in (name, name.removesuffix(_LATEST)):
+    for candidate in (name, name.removesuffix(LATEST)):
         if candidate in cards:
             return cards[candidate]
     raise NotFoundError(
         f"model {name!r} not found; served: {', '.join(map(tagged, cards)) or 'none'}; "
-        f"serve it with `sage-llm serve --model {name.removesuffix(_LATEST)}`",
+        f"serve it with `sage-llm serve --model {name.removesuffix(LATEST)}`",
         field="model",
     )
 
@@ -81,6 +82,12 @@ def show_body(card: ModelCard, description: ModelDescription) -> dict[str, Any]:
     }
 
 
+def can_think(chat_template: str | None) -> bool:
+    """Whether a model with this template thinks before it answers."""
+    formats = formats_of(chat_template)
+    return formats.reasoning is not None or formats.has_switch or formats.has_effort
+
+
 def _names(card: ModelCard) -> dict[str, Any]:
     return {"name": tagged(card.id), "model": tagged(card.id)}
 
@@ -113,7 +120,7 @@ def _family(description: ModelDescription) -> str:
 def _capabilities(description: ModelDescription, template: str) -> list[str]:
     if description.is_embedding:
         return ["embedding"]
-    found = {"tools": "tools" in template, "thinking": "<think>" in template or "enable_thinking" in template}
+    found = {"tools": "tools" in template, "thinking": can_think(template)}
     return ["completion", *(name for name, is_there in found.items() if is_there)]
 
 

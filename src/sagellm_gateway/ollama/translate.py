@@ -10,11 +10,16 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sagellm_gateway.ollama.types import ChatCall, Format, GenerateCall, Message, Options
-from sagellm_protocol import InvalidArgumentError
+from sagellm_gateway.ollama.types import ChatCall, Format, GenerateCall, Message, Options, ToolChoice
 from sagellm_protocol import messages as chat
 from sagellm_protocol.fields import MAX_INT32
-from sagellm_protocol.openai import ChatCompletionRequest, JsonSchemaFormat, ResponseFormat
+from sagellm_protocol.openai import (
+    ChatCompletionRequest,
+    JsonSchemaFormat,
+    NamedToolChoice,
+    ResponseFormat,
+    ToolChoiceFunction,
+)
 
 # Where a field of the chat request comes from.
 CHAT_FIELDS = {
@@ -26,29 +31,35 @@ CHAT_FIELDS = {
 }
 
 
-def to_chat(call: ChatCall | GenerateCall, *, model: str, max_model_len: int) -> ChatCompletionRequest:
-    """The chat request for `call` to the served model `model`; raises what names the field of `call`.
-
-    `max_model_len` is the context that is served, 0 where it isn't known yet.
-    """
+def to_chat(call: ChatCall | GenerateCall, *, model: str) -> ChatCompletionRequest:
+    """The chat request for `call` to the served model `model`; raises what names the field of `call`."""
     if isinstance(call, GenerateCall):
         call.refuse_unsupported()
-        messages, tools = _prompt_messages(call), None
+        messages, tools, choice = _prompt_messages(call), None, None
     else:
-        messages, tools = _with_ids(call.messages or ()), call.tools
+        messages, tools, choice = _with_ids(call.messages or ()), call.tools, call.tool_choice
+    options = {} if call.options is None else _sampling(call.options)
     fields: dict[str, Any] = {
         "model": model,
         "messages": messages,
         "tools": tools or None,
+        "tool_choice": _named(choice) if isinstance(choice, ToolChoice) else choice,
         "stream": call.is_streamed,
         "response_format": _response_format(call.format),
         "reasoning_effort": call.think if isinstance(call.think, str) else None,
         "chat_template_kwargs": _template_options(call, messages) or None,
-        **(_sampling(call.options, max_model_len) if call.options is not None else {}),
+        "temperature": call.temperature,
+        "top_p": call.top_p,
+        "max_completion_tokens": call.max_output_tokens,
+        **{name: value for name, value in options.items() if value is not None},
     }
     if call.logprobs:
         fields |= {"logprobs": True, "top_logprobs": call.top_logprobs or 0}
     return ChatCompletionRequest(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _named(choice: ToolChoice) -> NamedToolChoice:
+    return NamedToolChoice(function=ToolChoiceFunction(name=choice.name))
 
 
 def _prompt_messages(call: GenerateCall) -> list[chat.ChatMessage]:
@@ -104,14 +115,8 @@ def _answered(message: Message, open_calls: list[chat.ToolCall]) -> str:
 # ---- options ------------------------------------------------------------------------------------------
 
 
-def _sampling(options: Options, max_model_len: int) -> dict[str, Any]:
+def _sampling(options: Options) -> dict[str, Any]:
     options.refuse_unsupported()
-    if options.num_ctx is not None and 0 < max_model_len < options.num_ctx:
-        raise InvalidArgumentError(
-            f"options.num_ctx is {options.num_ctx}, but the model is served with a context of {max_model_len} tokens; "
-            "lower num_ctx, leave it out, or serve the model with a longer context",
-            field="options.num_ctx",
-        )
     num_predict = options.num_predict
     return {
         "temperature": options.temperature,

@@ -1,7 +1,8 @@
 """Types of Ollama's API: `POST /api/chat`, `/api/generate`, `/api/embed`, `/api/show`, `/api/pull`.
 
 Options of the hardware (`num_gpu`, `num_thread`, ...) are accepted and change nothing: they were settled when the model
-was served. Samplers that sageLLM doesn't have are refused unless they are switched off.
+was served. Samplers that sageLLM doesn't have are refused unless they are switched off. What clients ask for by
+OpenAI's names, which Ollama passes over, is done.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sagellm_protocol.fields import (
     MAX_INT32,
     MAX_SEED,
     AdditivePenalty,
+    MaxTokens,
     MinP,
     NumLogprobs,
     RepetitionPenalty,
@@ -25,7 +27,7 @@ from sagellm_protocol.fields import (
     TopP,
 )
 from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS, Tool, ToolName
-from sagellm_protocol.model import EdgeModel, Remedy
+from sagellm_protocol.model import EchoedModel, EdgeModel, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +53,9 @@ class Options(EdgeModel):
     num_predict: int | None = Field(
         default=None, ge=-2, le=MAX_INT32, description="Tokens to generate at most; -1 and -2: what fits."
     )
-    num_ctx: int | None = Field(default=None, ge=1, le=MAX_INT32, description="At most the served context.")
+    num_ctx: int | None = Field(
+        default=None, ge=1, le=MAX_INT32, description="Accepted: the context is what is served, whatever is asked for."
+    )
 
     repeat_last_n: _Count | None = Field(default=None, description="Penalties look at all tokens: only -1.")
     mirostat: _Count | None = None
@@ -107,7 +111,7 @@ Format = Annotated[
 KeepAlive = Annotated[float, Field(ge=-1e9, le=1e9)] | Annotated[str, Field(max_length=64)]
 
 
-class FunctionCall(EdgeModel):
+class FunctionCall(EchoedModel):
     """The function of a call with its arguments."""
 
     name: ToolName
@@ -115,8 +119,8 @@ class FunctionCall(EdgeModel):
     index: int | None = Field(default=None, ge=0, le=MAX_TOOLS)
 
 
-class ToolCall(EdgeModel):
-    """A call that the assistant made."""
+class ToolCall(EchoedModel):
+    """A call that the assistant made; what clients keep beside it (`index`) is ignored."""
 
     function: FunctionCall
     id: str | None = Field(default=None, min_length=1, max_length=256)
@@ -126,8 +130,8 @@ class ToolCall(EdgeModel):
 Images = Annotated[list[JsonValue], Field(max_length=0), Remedy("images are not understood; leave them out")]
 
 
-class Message(EdgeModel):
-    """One message of the conversation."""
+class Message(EchoedModel):
+    """One message of the conversation; what clients keep beside it is ignored."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
@@ -138,8 +142,18 @@ class Message(EdgeModel):
     tool_call_id: str | None = Field(default=None, min_length=1, max_length=256)
 
 
+class ToolChoice(EdgeModel):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    name: ToolName
+
+
 class _Call(EdgeModel):
-    """What both ways to generate share; an answer is streamed unless `stream` is false."""
+    """What both ways to generate share; an answer is streamed unless `stream` is false.
+
+    `temperature`, `top_p` and `max_output_tokens` count where `options` says nothing of them.
+    """
 
     model: str = Field(min_length=1, max_length=512)
     stream: bool | None = None
@@ -149,6 +163,9 @@ class _Call(EdgeModel):
     think: bool | Literal["low", "medium", "high"] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    max_output_tokens: MaxTokens | None = None
 
     @property
     def is_streamed(self) -> bool:
@@ -171,6 +188,7 @@ class ChatCall(_Call):
 
     messages: list[Message] | None = Field(default=None, max_length=MAX_MESSAGES)
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
 
 
 class GenerateCall(_Call):
@@ -197,10 +215,10 @@ class GenerateCall(_Call):
 
 
 class EmbedCall(EdgeModel):
-    """The body of `/api/embed`."""
+    """The body of `/api/embed`. Without a text it only asks for the model to be loaded."""
 
     model: str = Field(min_length=1, max_length=512)
-    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    input: str | Annotated[list[str], Field(max_length=MAX_INPUTS, fail_fast=True)] = ""
     truncate: bool | None = Field(default=None, description="Cut what is too long, as without it; false: refuse it.")
     dimensions: Dimensions | None = None
     options: Options | None = None
@@ -211,7 +229,7 @@ class EmbeddingsCall(EdgeModel):
     """The body of `/api/embeddings`, the older form of `/api/embed`."""
 
     model: str = Field(min_length=1, max_length=512)
-    prompt: str
+    prompt: str = ""
     options: Options | None = None
     keep_alive: KeepAlive | None = None
 

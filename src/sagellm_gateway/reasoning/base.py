@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sagellm_gateway.lark import grammar_of, lark_json, lark_mark, lark_string, text_until
+from sagellm_gateway.lark import grammar_of, lark_form, lark_mark, text_until
 from sagellm_gateway.marks import num_undecided
 from sagellm_gateway.pieces import Piece, ReasoningPiece, TextPiece
-from sagellm_protocol import InvalidArgumentError, StructuredOutput
+from sagellm_protocol import StructuredOutput
 
 _NO_TOKENS: Mapping[str, int] = {}
 
@@ -48,43 +48,9 @@ class ReasoningFormat:
             f"start: {thought} BLANKS? answer",
             text_until("thought", self.closing, token_ids),
             "BLANKS: /\\s+/",
-            f"answer: {_as_rule(form)}",
+            f"answer: {lark_form(form)}",
         ]
         return grammar_of(rules, field="structured_output")
-
-
-def _as_rule(form: StructuredOutput) -> str:
-    """The form as the right side of a rule."""
-    if form.json_object:
-        return lark_json({"type": "object"})
-    if form.json_schema is not None:
-        return lark_json(form.json_schema)
-    if form.choice is not None:
-        return " | ".join(lark_string(text) for text in form.choice)
-    if form.regex is not None:
-        return f"/{_with_slashes_escaped(form.regex)}/"
-    return f"%lark {{\n{_in_lark(form.grammar or '')}\n}}"
-
-
-def _with_slashes_escaped(regex: str) -> str:
-    escaped, is_escaped = [], False
-    for char in regex:
-        escaped.append("\\/" if char == "/" and not is_escaped else char)
-        is_escaped = char == "\\" and not is_escaped
-    return "".join(escaped)
-
-
-def _in_lark(grammar: str) -> str:
-    if "::=" not in grammar:
-        return grammar
-    from llguidance.gbnf_to_lark import gbnf_to_lark
-
-    try:
-        return str(gbnf_to_lark(grammar))
-    except Exception as error:  # whatever the converter stumbles over
-        raise InvalidArgumentError(
-            f"grammar cannot be read: {error}; write it in Lark's notation", field="structured_output"
-        ) from error
 
 
 class ReasoningParser:

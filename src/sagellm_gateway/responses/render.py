@@ -55,12 +55,18 @@ class ResponseDraft:
         """The status of the response that has ended, and of the item that was its last."""
         return "incomplete" if self._finish_reason in _INCOMPLETE else "completed"
 
+    @property
+    def kind_of_thoughts(self) -> str:
+        """Whether a reasoning item tells its text as such or, to who asked for one, as its summary."""
+        return "summary" if self._call.wants_summary else "reasoning"
+
     def add_answer(self, answer: Answer) -> dict[str, Any]:
         """The body of a response whose answer is there as a whole."""
         choice = answer.choices[0]
         self.end(choice.finish_reason)
         if choice.reasoning:
-            self.output.append(_reasoning_item(new_id("rs"), choice.reasoning, "completed"))
+            kind = self.kind_of_thoughts
+            self.output.append(_reasoning_item(new_id("rs"), choice.reasoning, "completed", kind=kind))
         if choice.text or not choice.tool_calls:
             logprobs = logprob_entries(choice.logprobs or ())
             self.output.append(_message_item(new_id("msg"), choice.text, logprobs, "completed"))
@@ -92,7 +98,10 @@ class ResponseDraft:
             "parallel_tool_calls": call.parallel_tool_calls is not False,
             "previous_response_id": call.previous_response_id,
             "prompt_cache_key": call.prompt_cache_key,
-            "reasoning": {"effort": reasoning and reasoning.effort, "summary": None},
+            "reasoning": {
+                "effort": reasoning and reasoning.effort,
+                "summary": "detailed" if call.wants_summary else None,
+            },
             "safety_identifier": call.safety_identifier,
             "service_tier": "default",
             "store": call.store is not False,
@@ -131,7 +140,7 @@ class EventWriter(FramingWriter):
 
     def reasoning(self, piece: ReasoningPiece) -> bytes:
         """A delta of a reasoning item."""
-        return self._delta("reasoning", piece.text, None)
+        return self._delta(self._draft.kind_of_thoughts, piece.text, None)
 
     def tool_call(self, piece: ToolCallPiece) -> bytes:
         """An item for each call, its arguments as deltas."""
@@ -167,7 +176,7 @@ class EventWriter(FramingWriter):
             opened = self._close("completed") + self._open(_OpenItem(kind, len(self._draft.output)))
         assert self._item is not None
         self._item.texts.append(text)
-        if kind == "reasoning":
+        if kind != "message":
             return opened + self._delta_event(text, b"}\n\n")
         if not logprobs:
             return opened + self._delta_event(text, b',"logprobs":[]}\n\n')
@@ -184,8 +193,8 @@ class EventWriter(FramingWriter):
     def _open(self, item: _OpenItem) -> bytes:
         self._item = item
         events = self._event("response.output_item.added", output_index=item.index, item=item.body("in_progress"))
-        if item.kind != "function_call":
-            events += self._event("response.content_part.added", **item.place, content_index=0, part=item.part())
+        if item.part_name:
+            events += self._event(f"response.{item.part_name}.added", **item.place, part=item.part())
         return events
 
     def _close(self, status: str) -> bytes:
@@ -193,19 +202,14 @@ class EventWriter(FramingWriter):
         if item is None:
             return b""
         text = "".join(item.texts)
+        done: dict[str, Any] = {"text": text}
         if item.kind == "function_call":
-            events = self._event(
-                "response.function_call_arguments.done", **item.place, arguments=text, name=item.call_name
-            )
-        else:
-            done: dict[str, Any] = {**item.place, "content_index": 0, "text": text}
-            if item.kind == "message":
-                done["logprobs"] = item.logprobs
-            kind = "response.output_text.done" if item.kind == "message" else "response.reasoning_text.done"
-            events = self._event(kind, **done)
-            events += self._event(
-                "response.content_part.done", **item.place, content_index=0, part=item.part(whole=True)
-            )
+            done = {"arguments": text, "name": item.call_name}
+        elif item.kind == "message":
+            done["logprobs"] = item.logprobs
+        events = self._event(f"response.{item.text_name}.done", **item.place, **done)
+        if item.part_name:
+            events += self._event(f"response.{item.part_name}.done", **item.place, part=item.part(whole=True))
         body = item.body(status, whole=True)
         self._draft.output.append(body)
         return events + self._event("response.output_item.done", output_index=item.index, item=body)
@@ -234,32 +238,36 @@ class _OpenItem:
         self.texts: list[str] = []
         self.logprobs: list[dict[str, Any]] = []
         self._id = new_id(_PREFIXES[kind])
-        self.place = {"item_id": self._id, "output_index": index}
-        event = _DELTAS[kind]
+        self.text_name, self.part_name, index_name = _NAMES[kind]
+        self.place: dict[str, Any] = {"item_id": self._id, "output_index": index}
+        if index_name:
+            self.place[index_name] = 0
+        event = f"response.{self.text_name}.delta".encode()
         self.delta_head = b'event: %s\ndata: {"type":"%s","sequence_number":' % (event, event)
-        place = self.place if kind == "function_call" else {**self.place, "content_index": 0}
-        self.delta_place = b"," + encode(place)[1:-1] + b',"delta":'
+        self.delta_place = b"," + encode(self.place)[1:-1] + b',"delta":'
 
     def part(self, *, whole: bool = False) -> dict[str, Any]:
         text = "".join(self.texts) if whole else ""
-        if self.kind == "reasoning":
-            return {"type": "reasoning_text", "text": text}
-        return _text_part(text, self.logprobs if whole else [])
+        if self.kind == "message":
+            return _text_part(text, self.logprobs if whole else [])
+        return _thought_part(text, self.kind)
 
     def body(self, status: str, *, whole: bool = False) -> dict[str, Any]:
         text = "".join(self.texts) if whole else None
         if self.kind == "function_call":
             return _call_item(self._id, self.call_id, self.call_name, text or "", status)
-        if self.kind == "reasoning":
-            return _reasoning_item(self._id, text, status)
-        return _message_item(self._id, text, self.logprobs if whole else [], status)
+        if self.kind == "message":
+            return _message_item(self._id, text, self.logprobs if whole else [], status)
+        return _reasoning_item(self._id, text, status, kind=self.kind)
 
 
-_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
-_DELTAS = {
-    "message": b"response.output_text.delta",
-    "reasoning": b"response.reasoning_text.delta",
-    "function_call": b"response.function_call_arguments.delta",
+_PREFIXES = {"message": "msg", "reasoning": "rs", "summary": "rs", "function_call": "fc"}
+# How events call an item's text, the part that it stands in, and the number of that.
+_NAMES = {
+    "message": ("output_text", "content_part", "content_index"),
+    "reasoning": ("reasoning_text", "content_part", "content_index"),
+    "summary": ("reasoning_summary_text", "reasoning_summary_part", "summary_index"),
+    "function_call": ("function_call_arguments", "", ""),
 }
 
 
@@ -275,9 +283,14 @@ def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "annotations": [], "logprobs": logprobs, "text": text}
 
 
-def _reasoning_item(item_id: str, text: str | None, status: str) -> dict[str, Any]:
-    content = [] if text is None else [{"type": "reasoning_text", "text": text}]
-    return {"id": item_id, "type": "reasoning", "summary": [], "content": content, "status": status}
+def _reasoning_item(item_id: str, text: str | None, status: str, *, kind: str) -> dict[str, Any]:
+    parts = [] if text is None else [_thought_part(text, kind)]
+    summary, content = (parts, []) if kind == "summary" else ([], parts)
+    return {"id": item_id, "type": "reasoning", "summary": summary, "content": content, "status": status}
+
+
+def _thought_part(text: str, kind: str) -> dict[str, Any]:
+    return {"type": "summary_text" if kind == "summary" else "reasoning_text", "text": text}
 
 
 def _call_item(item_id: str, call_id: str, name: str, arguments: str, status: str) -> dict[str, Any]:

@@ -38,6 +38,15 @@ CHAT_FIELDS = {
     "structured_output": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
+# Fields that mean the same in both requests.
+_SAME = frozenset(
+    (
+        *("model", "temperature", "top_p", "top_k", "min_p", "seed"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+        *("stop", "stop_token_ids", "min_tokens", "ignore_eos"),
+        *("priority", "cache_salt", "chat_template_kwargs"),
+    )
+)
 
 
 def to_chat(call: ResponsesRequest, items: Sequence[Item]) -> ChatCompletionRequest:
@@ -46,11 +55,9 @@ def to_chat(call: ResponsesRequest, items: Sequence[Item]) -> ChatCompletionRequ
     Raises `InvalidArgumentError` that names the field of `call`.
     """
     fields: dict[str, Any] = {
-        "model": call.model,
+        **{name: getattr(call, name) for name in _SAME & call.model_fields_set},
         "messages": to_messages(items, call.instructions),
         "max_completion_tokens": call.max_output_tokens,
-        "temperature": call.temperature,
-        "top_p": call.top_p,
         "stream": bool(call.stream),
         "response_format": _response_format(None if call.text is None else call.text.format),
         "reasoning_effort": None if call.reasoning is None else call.reasoning.effort,

@@ -11,9 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from sagellm_protocol import InvalidArgumentError, UnsupportedError
-from sagellm_protocol.fields import MaxTokens, NumLogprobs, Temperature, TopP
+from sagellm_protocol.fields import (
+    AdditivePenalty,
+    Identifier,
+    LogitBias,
+    MaxTokens,
+    MinP,
+    MinTokens,
+    NumLogprobs,
+    RepetitionPenalty,
+    Seed,
+    StopStrings,
+    StopTokenIds,
+    Temperature,
+    TopK,
+    TopP,
+)
 from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS, ToolName
 from sagellm_protocol.model import EchoedModel, EdgeModel, Remedy
+from sagellm_protocol.request import Priority, RequestPriority
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -190,7 +206,7 @@ class TextConfig(EdgeModel):
 
 
 class Reasoning(EdgeModel):
-    """How much the model is to think; no summaries are written."""
+    """How much the model is to think, and whether its reasoning is told as a summary; no other one is written."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -211,7 +227,17 @@ Metadata = Annotated[
     Field(max_length=16),
     Remedy("use at most 16 texts of at most 512 characters"),
 ]
-Include = Literal["reasoning.encrypted_content", "message.output_text.logprobs"]
+# All but the logprobs tell more of tools and contents that are refused by themselves.
+Include = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
 
 
 class ResponsesRequest(EdgeModel):
@@ -253,15 +279,38 @@ class ResponsesRequest(EdgeModel):
     prompt_cache_retention: str | None = Field(default=None, max_length=64)
     prompt_cache_options: JsonValue = None
     user: str | None = Field(default=None, max_length=512)
+    # Beyond OpenAI's, as chat requests have them.
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: AdditivePenalty | None = None
+    frequency_penalty: AdditivePenalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
+    stop: StopStrings = ()
+    stop_token_ids: StopTokenIds = ()
+    min_tokens: MinTokens | None = None
+    ignore_eos: bool | None = None
+    priority: Priority = RequestPriority.NORMAL
+    cache_salt: Identifier | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None
 
     @property
     def wants_logprobs(self) -> bool:
         """Whether the tokens' logprobs are to be told."""
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
+    @property
+    def wants_summary(self) -> bool:
+        """Whether the reasoning is to be told as a summary; the most detailed one is the reasoning itself."""
+        return self._summary is not None
+
+    @property
+    def _summary(self) -> str | None:
+        return None if self.reasoning is None else self.reasoning.summary or self.reasoning.generate_summary
+
     def refuse_unsupported(self) -> None:
         """Raise `UnsupportedError` for what would change the answer and is not done."""
-        summary = None if self.reasoning is None else self.reasoning.summary or self.reasoning.generate_summary
         wanted = {
             "truncation": self.truncation == "auto" and "set it to 'disabled' and send less",
             "background": self.background and "leave it out and stream the response",
@@ -270,7 +319,7 @@ class ResponsesRequest(EdgeModel):
             "context_management": self.context_management is not None and "leave it out",
             "moderation": self.moderation is not None and "leave it out",
             "text.verbosity": self.text and self.text.verbosity in ("low", "high") and "say it in the instructions",
-            "reasoning.summary": summary in ("concise", "detailed") and "read the reasoning text itself",
+            "reasoning.summary": self._summary == "concise" and "ask for 'auto', which is the whole reasoning",
             "stream_options.include_obfuscation": self.stream_options
             and self.stream_options.include_obfuscation
             and "leave it out",

@@ -12,7 +12,7 @@ from sagellm_gateway.anthropic.render import EventWriter, message_body
 from sagellm_gateway.anthropic.translate import CHAT_FIELDS, template_options, to_chat, to_messages, to_tools
 from sagellm_gateway.anthropic.types import CountTokensRequest, MessagesRequest
 from sagellm_gateway.body import read_call
-from sagellm_gateway.context import Caller, caller_of, gateway_of
+from sagellm_gateway.context import caller_of, gateway_of
 from sagellm_gateway.documents import EVENTS, GENERATION, described
 from sagellm_gateway.errors import naming
 from sagellm_gateway.streams import PingedEvents, whole, written
@@ -24,9 +24,8 @@ router = APIRouter(tags=["Anthropic"])
 @described(body=MessagesRequest, also=EVENTS, fails=GENERATION)
 async def messages(http: HttpRequest) -> HttpResponse:
     """Answer a conversation."""
-    caller = _known(caller_of(http))
     call = await read_call(http, MessagesRequest, what="message request")
-    chat = gateway_of(http).chat
+    chat, caller = gateway_of(http).chat, caller_of(http)
     with naming(CHAT_FIELDS):
         chat_call = to_chat(call)
         if call.stream:
@@ -40,7 +39,6 @@ async def messages(http: HttpRequest) -> HttpResponse:
 @described(body=CountTokensRequest, fails=(404, 503))
 async def count_tokens(http: HttpRequest) -> HttpResponse:
     """How many tokens a prompt has."""
-    _known(caller_of(http))
     call = await read_call(http, CountTokensRequest, what="count request")
     options = template_options(call)
     tokens = gateway_of(http).manager.tokenize(
@@ -51,9 +49,3 @@ async def count_tokens(http: HttpRequest) -> HttpResponse:
         chat_template_kwargs=options,
     )
     return JSONResponse({"input_tokens": len(await while_connected(http, tokens))})
-
-
-def _known(caller: Caller) -> Caller:
-    """The caller, whose answer has the request's id under the name that this API's clients read."""
-    caller.answer_headers.append((b"request-id", caller.request_id.encode()))
-    return caller

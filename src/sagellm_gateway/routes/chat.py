@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response as HttpResponse
 
 from sagellm_core.http import DONE, JsonText, start_event_stream, while_connected
-from sagellm_gateway.body import read_call
+from sagellm_gateway.body import BodyParser, read_body
 from sagellm_gateway.chat import ChatService
 from sagellm_gateway.chat_render import ChunkWriter, answer_body
 from sagellm_gateway.context import Caller, caller_of, gateway_of
@@ -18,13 +18,14 @@ from sagellm_gateway.documents import EVENTS, GENERATION, described
 from sagellm_protocol.openai import ChatCompletion, ChatCompletionRequest
 
 router = APIRouter(tags=["OpenAI"])
+_parse = BodyParser(ChatCompletionRequest, "messages")
 
 
 @router.post("/v1/chat/completions", response_model=None)
 @described(body=ChatCompletionRequest, answer=ChatCompletion, also=EVENTS, fails=GENERATION)
 async def chat_completions(http: HttpRequest) -> HttpResponse:
     """Answer a conversation."""
-    return await answer_chat(http, await read_call(http, ChatCompletionRequest, what="chat completion request"))
+    return await answer_chat(http, _parse(await read_body(http), what="chat completion request"))
 
 
 async def answer_chat(http: HttpRequest, call: ChatCompletionRequest) -> HttpResponse:
@@ -38,8 +39,12 @@ async def answer_chat(http: HttpRequest, call: ChatCompletionRequest) -> HttpRes
 
 async def _messages(chat: ChatService, call: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
     options = call.stream_options
-    include_usage = options is not None and options.include_usage
-    writer = ChunkWriter(call.model, num_choices=call.n or 1, include_usage=include_usage)
+    writer = ChunkWriter(
+        call.model,
+        num_choices=call.n or 1,
+        include_usage=options is not None and options.include_usage,
+        counts_usage=options is not None and options.counts_usage,
+    )
     async with aclosing(chat.stream(call, caller)) as pieces:
         async for piece in pieces:
             message = writer.write(piece)

@@ -31,7 +31,7 @@ async def health(http: HttpRequest) -> HttpResponse:
 async def ready(http: HttpRequest) -> HttpResponse:
     """200 while new requests are taken, else 503: no engine takes any, or the server is shutting down."""
     gateway = gateway_of(http)
-    if gateway.is_draining:
+    if gateway.is_leaving:
         return JSONResponse({"status": "draining"}, status_code=503)
     is_ready = await gateway.manager.health_check()
     return JSONResponse({"status": "ready" if is_ready else "unavailable"}, status_code=200 if is_ready else 503)

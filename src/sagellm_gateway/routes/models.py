@@ -11,7 +11,7 @@ from fastapi.responses import Response as HttpResponse
 
 from sagellm_control_plane import EngineState
 from sagellm_gateway.anthropic.models import model_info, model_list
-from sagellm_gateway.context import gateway_of
+from sagellm_gateway.context import caller_of, gateway_of
 from sagellm_gateway.documents import described
 from sagellm_protocol import NotFoundError
 from sagellm_protocol.openai import ModelCard, ModelList
@@ -21,15 +21,13 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["OpenAI"])
 
-_ANTHROPIC = "anthropic-version"  # the header that Anthropic's clients send
-
 
 @router.get("/v1/models", response_model=None)
 @described()
 async def models(http: HttpRequest) -> HttpResponse:
     """The models that can be asked for."""
     cards = model_cards(gateway_of(http))
-    if _ANTHROPIC in http.headers:
+    if caller_of(http).speaks_anthropic:
         return JSONResponse(model_list(list(cards.values())))
     return JSONResponse(ModelList(data=list(cards.values())).model_dump(mode="json", exclude_none=True))
 
@@ -41,7 +39,7 @@ async def model(http: HttpRequest, model: str) -> HttpResponse:
     cards = model_cards(gateway_of(http))
     if model not in cards:
         raise NotFoundError(f"no model {model!r}; there is {', '.join(cards) or 'none'}", field="model")
-    if _ANTHROPIC in http.headers:
+    if caller_of(http).speaks_anthropic:
         return JSONResponse(model_info(cards[model]))
     return JSONResponse(cards[model].model_dump(mode="json", exclude_none=True))
 

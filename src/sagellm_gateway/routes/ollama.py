@@ -15,15 +15,15 @@ from sagellm_core.http import start_event_stream, while_connected
 from sagellm_gateway.body import read_call
 from sagellm_gateway.context import caller_of, gateway_of
 from sagellm_gateway.documents import GENERATION, LINES, described
-from sagellm_gateway.embeddings import embed
+from sagellm_gateway.embeddings import Embeddings, embed
 from sagellm_gateway.errors import naming
-from sagellm_gateway.ollama.models import find_model, running_entry, show_body, tag_entry
+from sagellm_gateway.ollama.models import can_think, find_model, running_entry, show_body, tag_entry
 from sagellm_gateway.ollama.render import LineWriter, answer_body, embed_body, loaded_body
 from sagellm_gateway.ollama.translate import CHAT_FIELDS, to_chat
 from sagellm_gateway.ollama.types import ChatCall, EmbedCall, EmbeddingsCall, GenerateCall, PullCall, ShowCall
 from sagellm_gateway.routes.models import model_cards
 from sagellm_gateway.streams import JsonLines, whole, written
-from sagellm_protocol import UnsupportedError
+from sagellm_protocol import UnsupportedError, Usage
 
 if TYPE_CHECKING:
     from sagellm_gateway.app import Gateway
@@ -42,7 +42,7 @@ _encode = msgspec.json.Encoder().encode
 @described(body=ChatCall, also=LINES, fails=GENERATION)
 async def chat(http: HttpRequest) -> HttpResponse:
     """Answer a conversation."""
-    call = await read_call(http, ChatCall, what="chat request")
+    call = await read_call(http, ChatCall, what="chat request", keeps_tag=True)
     return await _answer(http, call, is_empty=not call.messages)
 
 
@@ -50,7 +50,7 @@ async def chat(http: HttpRequest) -> HttpResponse:
 @described(body=GenerateCall, also=LINES, fails=GENERATION)
 async def generate(http: HttpRequest) -> HttpResponse:
     """Answer a prompt."""
-    call = await read_call(http, GenerateCall, what="generate request")
+    call = await read_call(http, GenerateCall, what="generate request", keeps_tag=True)
     return await _answer(http, call, is_empty=not call.prompt)
 
 
@@ -59,12 +59,14 @@ async def generate(http: HttpRequest) -> HttpResponse:
 async def embed_texts(http: HttpRequest) -> HttpResponse:
     """Make a vector of each text."""
     started_at = time.monotonic_ns()
-    call = await read_call(http, EmbedCall, what="embed request")
+    call = await read_call(http, EmbedCall, what="embed request", keeps_tag=True)
     gateway = gateway_of(http)
     card = find_model(model_cards(gateway), call.model)
     truncate = None if call.truncate is False else _TO_WHAT_FITS
-    work = embed(gateway, call.input, model=card.id, dimensions=call.dimensions, truncate_prompt_tokens=truncate)
-    made = await while_connected(http, work)
+    made = Embeddings([], Usage())
+    if call.input:
+        work = embed(gateway, call.input, model=card.id, dimensions=call.dimensions, truncate_prompt_tokens=truncate)
+        made = await while_connected(http, work)
     return _object(await embed_body(call.model, made, started_at))
 
 
@@ -72,9 +74,11 @@ async def embed_texts(http: HttpRequest) -> HttpResponse:
 @described(body=EmbeddingsCall, fails=GENERATION)
 async def embed_prompt(http: HttpRequest) -> HttpResponse:
     """Make a vector of one text; the older form."""
-    call = await read_call(http, EmbeddingsCall, what="embeddings request")
+    call = await read_call(http, EmbeddingsCall, what="embeddings request", keeps_tag=True)
     gateway = gateway_of(http)
     card = find_model(model_cards(gateway), call.model)
+    if not call.prompt:
+        return _object(_encode({"embedding": []}))
     work = embed(gateway, call.prompt, model=card.id, truncate_prompt_tokens=_TO_WHAT_FITS, field="prompt")
     made = await while_connected(http, work)
     return _object(_encode({"embedding": made.vectors[0]}))
@@ -84,7 +88,7 @@ async def embed_prompt(http: HttpRequest) -> HttpResponse:
 @described(body=PullCall, also=LINES, fails=(404,))
 async def pull(http: HttpRequest) -> HttpResponse:
     """Say that a served model is there; nothing is downloaded."""
-    call = await read_call(http, PullCall, what="pull request")
+    call = await read_call(http, PullCall, what="pull request", keeps_tag=True)
     find_model(model_cards(gateway_of(http)), call.name or call.model)
     return _object(_encode({"status": "success"}), as_line=call.stream is not False)
 
@@ -119,7 +123,7 @@ async def ps(http: HttpRequest) -> HttpResponse:
 @described(body=ShowCall, fails=(404, 503))
 async def show(http: HttpRequest) -> HttpResponse:
     """What a model is."""
-    call = await read_call(http, ShowCall, what="show request")
+    call = await read_call(http, ShowCall, what="show request", keeps_tag=True)
     gateway = gateway_of(http)
     card = find_model(model_cards(gateway), call.name or call.model)
     description = await while_connected(http, gateway.manager.describe_model(card.id))
@@ -140,8 +144,10 @@ async def _answer(http: HttpRequest, call: ChatCall | GenerateCall, *, is_empty:
         if call.would_unload:
             raise UnsupportedError("keep_alive=0 cannot unload a model here; stop its engine", field="keep_alive")
         return _object(loaded_body(call), as_line=call.is_streamed)
+    if call.think is True and not can_think((await gateway.manager.describe_model(card.id)).chat_template):
+        raise UnsupportedError(f"{card.id} does not support thinking; leave think out", field="think")
     with naming(CHAT_FIELDS):
-        chat_call = to_chat(call, model=card.id, max_model_len=card.max_model_len or 0)
+        chat_call = to_chat(call, model=card.id)
         if call.is_streamed:
             lines = written(gateway.chat.stream(chat_call, caller), LineWriter(call))
             return await start_event_stream(http, lines, JsonLines)

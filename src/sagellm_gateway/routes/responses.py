@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response as HttpResponse
 from pydantic import Field
 
-from sagellm_core.http import start_event_stream
+from sagellm_core.http import start_event_stream, while_connected
 from sagellm_gateway.body import read_call
 from sagellm_gateway.context import caller_of, gateway_of
 from sagellm_gateway.documents import EVENTS, GENERATION, described
@@ -55,6 +55,25 @@ async def create_response(http: HttpRequest) -> HttpResponse:
     return _json(body)
 
 
+@router.post("/v1/responses/input_tokens", response_model=None)
+@described(body=ResponsesRequest, fails=GENERATION)
+async def count_input_tokens(http: HttpRequest) -> HttpResponse:
+    """How many tokens the prompt of a request for a response has; nothing is generated or stored."""
+    call = await read_call(http, ResponsesRequest, what="token count request")
+    gateway, caller = gateway_of(http), caller_of(http)
+    conversation = Conversation(call, gateway.responses, caller.key_name)
+    with naming(CHAT_FIELDS):
+        count = gateway.chat.count_prompt_tokens(conversation.to_chat(), caller)
+        return _json({"object": "response.input_tokens", "input_tokens": await while_connected(http, count)})
+
+
+@router.post("/v1/responses/compact", response_model=None)
+@described()
+async def compact_response(http: HttpRequest) -> HttpResponse:
+    """Conversations are not made shorter here; whoever sends them chooses what stays."""
+    raise UnsupportedError("compaction is not supported here; send the part of the conversation that matters")
+
+
 @router.get("/v1/responses/{response_id}", response_model=None)
 @described(fails=(404,))
 async def get_response(http: HttpRequest, response_id: str) -> HttpResponse:
@@ -70,6 +89,17 @@ async def delete_response(http: HttpRequest, response_id: str) -> HttpResponse:
     """Forget a stored response; those that continue it keep their conversation."""
     gateway_of(http).responses.delete(caller_of(http).key_name, response_id)
     return _json({"id": response_id, "object": "response", "deleted": True})
+
+
+@router.post("/v1/responses/{response_id}/cancel", response_model=None)
+@described(fails=(404,))
+async def cancel_response(http: HttpRequest, response_id: str) -> HttpResponse:
+    """A stored response has ended; there are none in the background."""
+    _stored(http, response_id)
+    raise InvalidArgumentError(
+        f"response {response_id!r} has ended and cannot be cancelled; close the stream of one that has not",
+        field="response_id",
+    )
 
 
 @router.get("/v1/responses/{response_id}/input_items", response_model=None)

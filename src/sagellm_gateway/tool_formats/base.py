@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
-from sagellm_gateway.lark import grammar_of, lark_mark, text_until
+from sagellm_gateway.lark import grammar_of, lark_form, lark_mark, text_until
 from sagellm_gateway.pieces import Piece
 from sagellm_protocol import InvalidArgumentError, StructuredOutput, Tool
 
@@ -88,9 +88,25 @@ class ToolFormat(ABC):
             raise InvalidArgumentError(
                 f"tool_choice names {only!r}, which is not in tools; use one that is", field="tool_choice"
             )
-        mark = f"{lark_mark(self.opening, token_ids)} " if self.opening is not None else ""
         rules = self.calls(wanted, parallel=parallel, strict_only=False, token_ids=token_ids)
-        return grammar_of([f"start: {mark}calls", *rules], field="tools")
+        return grammar_of([f"start: {self._mark(token_ids)}calls", *rules], field="tools")
+
+    def grammar_beside(
+        self,
+        form: StructuredOutput,
+        tools: Sequence[Tool],
+        *,
+        parallel: bool,
+        token_ids: Mapping[str, int] = NO_TOKENS,
+    ) -> StructuredOutput:
+        """A form for an answer that is either calls or of the form `form`, as the model likes.
+
+        Raises:
+            InvalidArgumentError: schemas too large for a grammar, or a form that is no grammar.
+        """
+        rules = self.calls(tools, parallel=parallel, strict_only=False, token_ids=token_ids)
+        head = [f"start: {self._mark(token_ids)}calls | answer", f"answer: {lark_form(form)}"]
+        return grammar_of([*head, *rules], field="tools")
 
     def lazy_grammar(
         self, tools: Sequence[Tool], *, parallel: bool, token_ids: Mapping[str, int] = NO_TOKENS
@@ -105,6 +121,10 @@ class ToolFormat(ABC):
         rules = self.calls(tools, parallel=parallel, strict_only=True, token_ids=token_ids)
         until = text_until("beginning", self.opening, token_ids)
         return grammar_of(["start: TEXT? | beginning calls", "TEXT: /(?s:.+)/", until, *rules], field="tools")
+
+    def _mark(self, token_ids: Mapping[str, int]) -> str:
+        """What stands before calls in a rule."""
+        return f"{lark_mark(self.opening, token_ids)} " if self.opening is not None else ""
 
 
 def new_call_id() -> str:

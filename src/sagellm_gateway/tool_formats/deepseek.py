@@ -14,12 +14,13 @@ from sagellm_gateway.tool_formats.base import ToolFormat, ToolParser
 from sagellm_gateway.tool_formats.call_parser import CallParser
 from sagellm_gateway.tool_formats.schemas import arguments_schema, is_lenient
 from sagellm_protocol import Tool
+from sagellm_protocol.messages import MAX_TOOL_NAME
 
 _CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _SEP, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 _HEAD = re.compile(
-    rf"\s*{_CALL}\s{{0,8}}(?:function\s{{0,8}}{_SEP}\s{{0,8}}(?P<coded>[\w.-]{{1,64}})\s{{0,8}}```json"
-    rf"|(?P<name>[\w.-]{{1,64}})\s{{0,8}}{_SEP})\s{{0,8}}(?=\{{)"
+    rf"\s*{_CALL}\s{{0,8}}(?:function\s{{0,8}}{_SEP}\s{{0,8}}(?P<coded>[\w.-]{{1,{MAX_TOOL_NAME}}})\s{{0,8}}```json"
+    rf"|(?P<name>[\w.-]{{1,{MAX_TOOL_NAME}}})\s{{0,8}}{_SEP})\s{{0,8}}(?=\{{)"
 )
 _MAX_HEAD = 256  # more than any that matches
 _BEHIND = re.compile(rf"\s*(?:```)?\s*(?:{_CALL_END})?")

@@ -60,7 +60,9 @@ def object_rules(tools: Sequence[Tool], key: str, *, strict_only: bool) -> list[
     """Rules for `object`, a call as a JSON object with its arguments under `key`; of several families."""
     rules = [f"object: {' | '.join(f'object_{i}' for i in range(len(tools)))}"]
     for i, tool in enumerate(tools):
-        head = lark_string(f'{{"name": "{tool.function.name}", "{key}": ')
+        # In the pieces that JSON's own grammar has: beside a form a call may begin as another object does.
+        pieces = ("{", '"name"', ": ", f'"{tool.function.name}"', ", ", f'"{key}"', ": ")
+        head = " ".join(lark_string(piece) for piece in pieces)
         schema = arguments_schema(tool, strict_only=strict_only)
         rules.append(f'object_{i}: {head} {lark_json(schema, lenient=is_lenient(tool))} "}}"')
     return rules

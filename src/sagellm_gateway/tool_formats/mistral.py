@@ -12,11 +12,12 @@ from sagellm_gateway.tool_formats.call_parser import ObjectsParser
 from sagellm_gateway.tool_formats.hermes import object_rules
 from sagellm_gateway.tool_formats.schemas import arguments_schema, is_lenient
 from sagellm_protocol import Tool
+from sagellm_protocol.messages import MAX_TOOL_NAME
 
 _CALLS, _ARGS = "[TOOL_CALLS]", "[ARGS]"
 # Some versions put an id between name and arguments.
 _NAME = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s{0,4}\w{0,32}\s{0,4})?(?:\[ARGS\]\s{0,4})?(?=\{)")
-_NAME_BEGUN = re.compile(r"\s*[\w.-]{1,64}\s*(?:\[[\w\[\]\s]{0,64})?")
+_NAME_BEGUN = re.compile(rf"\s*[\w.-]{{1,{MAX_TOOL_NAME}}}\s*(?:\[[\w\[\]\s]{{0,64}})?")
 # Mistral's templates refuse ids of any other form.
 _new_id = partial(random_letters, 9)
 

@@ -18,11 +18,11 @@ from sagellm_gateway.tool_formats.call_parser import CallParser
 from sagellm_gateway.tool_formats.parameter_values import is_text, json_text, property_schema, values_of
 from sagellm_gateway.tool_formats.schemas import arguments_schema, is_lenient
 from sagellm_protocol import InvalidArgumentError, Tool
+from sagellm_protocol.messages import MAX_TOOL_NAME
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
-_MAX_NAME = 64
 _VALUE_END = re.compile(rf"\n?{_PARAMETER_END}")
 
 
@@ -120,7 +120,7 @@ class Qwen3CoderParser(CallParser):
                 return not is_undecided and self._give_back()
             rest = rest[len(_FUNCTION) :]
         name, found, behind = rest.partition(">")
-        if not found and not is_end and len(name) <= _MAX_NAME:
+        if not found and not is_end and len(name) <= MAX_TOOL_NAME:
             return False
         if not found or name not in self._names:
             return self._give_back()

@@ -15,6 +15,8 @@ from sagellm_protocol.messages import (
     ToolCall,
 )
 from sagellm_protocol.openai.chat import (
+    AllowedTools,
+    AllowedToolsChoice,
     ChatAnswer,
     ChatChoice,
     ChatChunkChoice,
@@ -51,6 +53,8 @@ from sagellm_protocol.openai.completions import (
 from sagellm_protocol.openai.embeddings import EmbeddingItem, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage
 
 __all__ = [
+    "AllowedTools",
+    "AllowedToolsChoice",
     "ChatAnswer",
     "ChatChoice",
     "ChatChunkChoice",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from sagellm_protocol.errors import InvalidArgumentError
+from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.fields import MaxTokens, NumLogprobs
+from sagellm_protocol.ids import new_request_id, new_trace_id
 from sagellm_protocol.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool, ToolCall, ToolName
-from sagellm_protocol.model import EdgeModel
+from sagellm_protocol.model import EdgeModel, Remedy
 from sagellm_protocol.openai.common import ApiModel, CompletionUsage, GenerationRequest
 from sagellm_protocol.request import Request
 from sagellm_protocol.sampling import SamplingParams
@@ -32,28 +33,65 @@ class NamedToolChoice(EdgeModel):
     function: ToolChoiceFunction
 
 
+class AllowedTools(EdgeModel):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolChoice] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedToolsChoice(EdgeModel):
+    """A tool choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatCompletionRequest(GenerationRequest):
     """The body of a chat request.
 
     ``max_completion_tokens`` is the newer name of ``max_tokens``; both with different values is an error.
+    ``prediction`` is a hint that changes no answer. What OpenAI itself runs or has replaced (``REFUSED``) is refused.
 
     Raises:
         InvalidArgumentError: naming the field and the remedy.
+        UnsupportedError: for what this API knows and sageLLM doesn't do.
     """
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        "audio": "leave it out: answers are text",
+        "function_call": "use tool_choice",
+        "functions": "give them as tools",
+        "moderation": "leave it out",
+        "verbosity": "say it in the system message",
+        "web_search_options": "leave it out and give a search of your own as a tool",
+    }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = Field(default=None, description="Report the chosen tokens' logprobs.")
     top_logprobs: NumLogprobs | None = None
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(default=None, max_length=32)
+    verbosity: Literal["low", "medium", "high"] | None = None
+    modalities: list[Annotated[Literal["text"], Remedy("answers are text alone")]] | None = None
+    prediction: JsonValue = None
+    prompt_cache_retention: str | None = Field(default=None, max_length=64)
+    prompt_cache_options: JsonValue = None
+    audio: JsonValue = None
+    function_call: JsonValue = None
+    functions: JsonValue = None
+    moderation: JsonValue = None
+    web_search_options: JsonValue = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         fields = self.__dict__
+        if not self.__pydantic_fields_set__.isdisjoint(self.REFUSED):
+            self._refuse_unsupported()
         old, new = fields["max_tokens"], fields["max_completion_tokens"]
         if old is not None and new is not None and old != new:
             raise InvalidArgumentError(
@@ -66,20 +104,45 @@ class ChatCompletionRequest(GenerationRequest):
             )
         self._check_stream_options()
         self._check_tool_choice()
-        _ = self._sampling
-        self.to_structured_output()
+        _ = self._sampling, self._pattern  # what they refuse is refused here
         return self
 
+    def _refuse_unsupported(self) -> None:
+        """Raise `UnsupportedError` for what would change the answer and is not done."""
+        for field, remedy in self.REFUSED.items():
+            if getattr(self, field) not in (None, "medium"):  # the verbosity that every answer has
+                raise UnsupportedError(f"{field} is not supported here; {remedy}", field=field)
+
     def _check_tool_choice(self) -> None:
-        if self.tool_choice in (None, "none", "auto"):
+        choice = self.tool_choice
+        if choice in (None, "none", "auto"):
             return
-        names = [tool.function.name for tool in self.tools or []]
-        problem = None if names else "tool_choice needs tools; give tools or leave tool_choice out"
-        if names and isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
-            wanted = self.tool_choice.function.name
-            problem = f"tool_choice names {wanted!r}, which is not in tools; use one of {', '.join(names)}"
+        known = [tool.function.name for tool in self.tools or []]
+        problem = None if known else "tool_choice needs tools; give tools or leave tool_choice out"
+        if known and not isinstance(choice, str):
+            named = choice.allowed_tools.tools if isinstance(choice, AllowedToolsChoice) else [choice]
+            unknown = next((one.function.name for one in named if one.function.name not in known), None)
+            if unknown is not None:
+                problem = f"tool_choice names {unknown!r}, which is not in tools; use one of {', '.join(known)}"
         if problem is not None:
             raise InvalidArgumentError(problem, field="tool_choice")
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        tools, choice = list(self.tools or ()), self.tool_choice
+        if choice == "none":
+            return []
+        if isinstance(choice, AllowedToolsChoice):
+            allowed = {one.function.name for one in choice.allowed_tools.tools}
+            return [tool for tool in tools if tool.function.name in allowed]
+        return tools
+
+    @property
+    def tool_mode(self) -> Literal["none", "auto", "required"] | NamedToolChoice | None:
+        """What is demanded of the answer, as for its ``usable_tools``."""
+        choice = self.tool_choice
+        return choice.allowed_tools.mode if isinstance(choice, AllowedToolsChoice) else choice
 
     @cached_property
     def _sampling(self) -> SamplingParams:
@@ -98,17 +161,31 @@ class ChatCompletionRequest(GenerationRequest):
         ``otherwise`` are fields of it for what the body leaves open (valid ones: they aren't looked at again); without
         a ``request_id`` in either the id is fresh.
         """
+        # Each has been validated as a field of this type, by the same bounds.
+        pattern = self._pattern
+        given = pattern.__pydantic_fields_set__
+        if not given.isdisjoint(otherwise):
+            otherwise = {name: value for name, value in otherwise.items() if name not in given}
+        for name, make in _IDS:
+            if name not in otherwise and name not in given:
+                otherwise[name] = make()
+        otherwise["messages"] = self.__dict__["messages"]
+        return pattern.model_copy(update=otherwise)
+
+    @cached_property
+    def _pattern(self) -> Request:
+        """The request without its messages: what bodies that differ in these alone have in common."""
         fields = self.__dict__
-        request = otherwise | self._shared_fields()
-        request["messages"] = fields["messages"]
-        request["tools"] = None if fields["tool_choice"] == "none" else fields["tools"]
+        request = self._shared_fields()
+        request["tools"] = (self.usable_tools or None) if fields["tools"] else fields["tools"]
         request["chat_template_kwargs"] = fields["chat_template_kwargs"]
         request["sampling_params"] = self._sampling
         if fields["request_id"] is not None:
             request["request_id"] = fields["request_id"]
-        # Each has been validated as a field of this type, by the same bounds.
         return Request.of_valid(request)
 
+
+_IDS = (("request_id", new_request_id), ("trace_id", new_trace_id))
 
 ChatFinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error", "abort"]
 

@@ -51,7 +51,15 @@ class StreamOptions(EdgeModel):
     """Options of a streamed answer."""
 
     include_usage: bool = Field(default=False, description="Send a last chunk with the usage and no choices.")
+    continuous_usage_stats: bool = Field(
+        default=False, description="With include_usage: every chunk has the usage so far, of all choices together."
+    )
     include_obfuscation: bool | None = None
+
+    @property
+    def counts_usage(self) -> bool:
+        """Whether every chunk is to have the usage so far."""
+        return self.include_usage and self.continuous_usage_stats
 
 
 class JsonSchemaFormat(EdgeModel):
@@ -139,6 +147,7 @@ class GenerationRequest(EdgeModel):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_decoding_backend: str | None = Field(default=None, max_length=64, description="Changes nothing.")
     strategy: DecodingStrategy | None = None
     top_k: TopK | None = None
     min_p: MinP | None = None
@@ -182,9 +191,11 @@ class GenerationRequest(EdgeModel):
         if not wanted:
             return None
         (field, values), *others = wanted.items()
-        if others:
+        # Clients of several versions of vLLM say the same under both of its names.
+        other = next((name for name, its_values in others if its_values != values), None)
+        if other is not None:
             raise InvalidArgumentError(
-                f"{field} and {others[0][0]} both say what form the answer has; give only one", field=others[0][0]
+                f"{field} and {other} both say what form the answer has; give only one", field=other
             )
         return StructuredOutput(**values)
 

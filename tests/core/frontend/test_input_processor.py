@@ -144,7 +144,7 @@ def test_max_tokens_is_what_fits(num_prompt: int, wanted: int | None, floor: int
         fields["min_tokens"] = min(floor, wanted)
     request = Request(prompt=[1] * num_prompt, sampling_params=SamplingParams(**fields))
     if num_prompt >= 100:
-        with pytest.raises(InvalidArgumentError, match=f"has {num_prompt} tokens, but max_model_len is 100"):
+        with pytest.raises(InvalidArgumentError, match=f"maximum context length is 100 tokens .* has {num_prompt};"):
             processor.process(request)
         return
     (core,) = processor.process(request)
@@ -177,7 +177,7 @@ def test_kv_budget_limits_prompt_and_output(process: Callable[..., list[EngineCo
         (
             {"prompt": [3] * 100},
             "prompt",
-            r"has 100 tokens, but max_model_len is 100 .* at most 99 .* or raise max_model",
+            r"prompt is too long: this model's maximum context length is 100 tokens .* at most 99 .* raise max_model",
         ),
         ({"prompt": "x", "sampling_params": {"stop_token_ids": [100_000]}}, "stop_token_ids", "token id 100000"),
         ({"prompt": "x", "sampling_params": {"logit_bias": {100_000: 1.0}}}, "logit_bias", "token id 100000"),
@@ -242,7 +242,7 @@ def test_a_text_that_cannot_fit_is_refused_by_its_beginning(
 ) -> None:
     counting, text = CountingTokenizer(byte_level), "word " * 100_000
     fields = {"prompt": text} if field == "prompt" else {"messages": [{"role": "user", "content": text}]}
-    with pytest.raises(InvalidArgumentError, match=r"characters, and its first 1600 are \d+ tokens already") as caught:
+    with pytest.raises(InvalidArgumentError, match=r"characters the first 1600 are \d+ already") as caught:
         process({"tokenizer": counting}, **fields)
     assert caught.value.context["field"] == field
     assert counting.num_chars <= 1600

@@ -20,7 +20,9 @@ from sagellm_protocol.stream import StreamEventDelta, StreamEventEnd
 
 GetTokenizer = Callable[[str], Tokenizer]
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
-PROPERTY = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 class Candidate(NamedTuple):

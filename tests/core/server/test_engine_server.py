@@ -9,11 +9,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from asgi_client import LeavingClient, client_of, read_events, until
+from asgi_client import LeavingClient, client_of, read_events
 from fake_engine import FakeEngine
 from sagellm_core import LLMEngine, LLMEngineConfig
 from sagellm_core.engine_server import create_engine_app
 from sagellm_protocol import Response, StreamEventDelta, StreamEventEnd, StreamEventStart, parse_stream_event
+from waiting import until
 
 
 class Words:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -14,7 +15,7 @@ from fastapi.responses import JSONResponse
 from fastapi.responses import Response as HttpResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from asgi_client import LeavingClient, client_of, events_in, until
+from asgi_client import LeavingClient, client_of, events_in
 from sagellm_core.http import (
     BODY_LIMITS,
     BodyLimits,
@@ -24,6 +25,7 @@ from sagellm_core.http import (
     while_connected,
 )
 from sagellm_protocol import NotFoundError, ResourceExhaustedError
+from waiting import until
 
 
 class Work:
@@ -101,6 +103,9 @@ async def test_a_bad_body_is_the_callers_error(content: bytes, message: str) -> 
         error = answer.json()["error"]
         assert message in error["message"]
         assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_argument")
+        packed = await client.post("/echo", content=gzip.compress(b"{}"), headers={"content-encoding": "gzip"})
+        assert packed.status_code == 400
+        assert "encoded as gzip, which is not read" in packed.json()["error"]["message"]
 
 
 class Limited:

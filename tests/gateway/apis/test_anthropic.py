@@ -12,7 +12,7 @@ import pytest
 from anthropic import AsyncAnthropic
 from pydantic import BaseModel
 
-from asgi_client import named_events_in
+from asgi_client import LeavingClient, named_events_in
 from fake_chat import FakeChat, answer_end, rich_answer, text_answer
 from live_server import serving
 from sagellm_gateway.app import Gateway
@@ -30,6 +30,7 @@ from sagellm_protocol import (
     UnavailableError,
     UnsupportedError,
 )
+from waiting import until
 
 PATH = "/v1/messages"
 HI = [{"role": "user", "content": "hi"}]
@@ -207,6 +208,28 @@ async def test_models(anthropic: AsyncAnthropic, client: httpx.AsyncClient) -> N
     assert (await client.get("/v1/models")).json()["object"] == "list"
 
 
+@pytest.mark.parametrize("path", ["/v1/models/nobody", "/v1/files"])
+async def test_on_shared_paths_errors_have_the_form_of_the_client(client: httpx.AsyncClient, path: str) -> None:
+    answer = await client.get(path, headers={"anthropic-version": "2023-06-01", "x-request-id": "mine"})
+    assert answer.status_code == 404
+    assert (answer.json()["type"], answer.json()["error"]["type"]) == ("error", "not_found_error")
+    assert answer.headers["request-id"] == "mine"
+    plain = await client.get(path)
+    assert plain.json()["error"]["code"] == "not_found"
+    assert "request-id" not in plain.headers
+
+
+async def test_a_conversation_that_the_server_should_keep_is_refused_by_its_code(
+    client: httpx.AsyncClient, chat: FakeChat
+) -> None:
+    body = {"model": "m", "max_tokens": 5, "messages": HI, "thread": {"type": "create"}}
+    answer = await client.post(PATH, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
+    assert (await client.post(PATH, json={**body, "thread": None})).status_code == 200
+    assert len(chat.calls) == 1
+
+
 async def test_an_error_in_a_stream(anthropic: AsyncAnthropic, chat: FakeChat) -> None:
     chat.pieces = [AnswerStart(7), TextPiece(0, "Hal"), InternalError("the engine broke")]
     stream = await anthropic.messages.create(model="m", max_tokens=5, messages=HI, stream=True)  # type: ignore[arg-type]
@@ -255,16 +278,23 @@ async def test_the_events_of_a_stream(client: httpx.AsyncClient, chat: FakeChat)
 async def test_a_long_wait_is_bridged_by_pings(
     app: Gateway, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    goes_on = asyncio.Event()
+
     class Slow(FakeChat):
         async def stream(self, call: Any, caller: Any) -> Any:
             yield AnswerStart(7)
-            await asyncio.sleep(0.2)
+            await goes_on.wait()
             for piece in text_answer("Hello")[1:]:
                 yield piece
 
     monkeypatch.setattr(PingedEvents, "interval_s", 0.02)
     app.chat = Slow()  # type: ignore[assignment]
-    kinds = [event["type"] for event in await events_of(client)]
+    caller = LeavingClient(app, PATH, {"model": "m", "max_tokens": 5, "messages": HI, "stream": True})
+    await until(lambda: sum(b"event: ping" in message.get("body", b"") for message in caller.sent) >= 3)
+    goes_on.set()
+    await caller.done
+    text = b"".join(message.get("body", b"") for message in caller.sent).decode()
+    kinds = [event["type"] for event in named_events_in(text)]
     assert kinds[0] == "message_start"
     assert kinds.count("ping") >= 3
     assert kinds[-5:] == [
@@ -295,6 +325,7 @@ async def test_thinking_is_shown_only_to_who_asked(client: httpx.AsyncClient, ch
         ("length", None, 5, ("max_tokens", None)),
         ("length", None, 6, ("model_context_window_exceeded", None)),
         ("tool_calls", None, 5, ("tool_use", None)),
+        ("content_filter", None, 5, ("refusal", None)),
     ],
 )
 async def test_stop_reasons(
@@ -306,6 +337,15 @@ async def test_stop_reasons(
     delta = (await events_of(client, **fields))[-2]["delta"]
     assert (whole["stop_reason"], whole["stop_sequence"]) == expected
     assert (delta["stop_reason"], delta["stop_sequence"]) == expected
+
+
+@pytest.mark.parametrize("finish", ["stop", "tool_calls"])  # a chat's answer to a named function says `stop`
+async def test_whoever_calls_stops_for_it(client: httpx.AsyncClient, chat: FakeChat, finish: str) -> None:
+    chat.pieces = rich_answer(finish)
+    fields = {"tools": [CLOCK], "tool_choice": {"type": "tool", "name": "clock"}}
+    whole = (await client.post(PATH, json={"model": "m", "max_tokens": 5, "messages": HI, **fields})).json()
+    delta = (await events_of(client, **fields))[-2]["delta"]
+    assert (whole["stop_reason"], delta["stop_reason"]) == ("tool_use", "tool_use")
 
 
 async def test_arguments_that_were_cut_off(client: httpx.AsyncClient, chat: FakeChat) -> None:
@@ -342,6 +382,80 @@ async def test_the_last_message_may_begin_the_answer(client: httpx.AsyncClient, 
         "continue_final_message": True,
         "add_generation_prompt": False,
     }
+
+
+async def test_what_claude_code_sends(client: httpx.AsyncClient, chat: FakeChat) -> None:
+    cached = {"cache_control": {"type": "ephemeral"}}
+    client_mark = "x-anthropic-billing-header: cc_version=2.1.197.1c7; cc_entrypoint=sdk-cli;"
+    body = {
+        "model": "m",
+        "max_tokens": 32_000,
+        "system": [{"type": "text", "text": client_mark}, {"type": "text", "text": "You are an agent.", **cached}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hi", **cached}]}],
+        "tools": [{**WEATHER, "eager_input_streaming": True}],
+        "metadata": {"user_id": '{"session_id":"1"}'},
+        "thinking": {"type": "adaptive"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+    }
+    answer = await client.post(PATH, params={"beta": "true"}, json=body, headers={"anthropic-beta": "none-1,none-2"})
+    assert answer.status_code == 200, answer.text
+    # The mark differs from conversation to conversation; the rest is the prefix that they share.
+    assert chat.sent == [{"role": "system", "content": "You are an agent."}, {"role": "user", "content": "hi"}]
+    call = chat.calls[-1]
+    # The effort is a hint to templates that know one: no model is refused because of it.
+    assert call.reasoning_effort is None
+    assert call.chat_template_kwargs == {"enable_thinking": True, "reasoning_effort": "high"}
+    del body["max_tokens"], body["metadata"]
+    count = await client.post(f"{PATH}/count_tokens", params={"beta": "true"}, json=body)
+    assert count.json() == {"input_tokens": 5}
+
+
+async def test_messages_of_one_role_are_one(client: httpx.AsyncClient, chat: FakeChat) -> None:
+    call = {"type": "tool_use", "id": "t1", "name": "clock", "input": {}}
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "user", "content": [{"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": "I"},
+        {"role": "assistant", "content": "say"},
+        {"role": "assistant", "content": [{"type": "text", "text": "so"}, call]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "noon"}]},
+        {"role": "user", "content": "three"},
+        {"role": "user", "content": ""},
+    ]
+    answer = await client.post(PATH, json={"model": "m", "max_tokens": 5, "messages": messages})
+    assert answer.status_code == 200, answer.text
+    assert [(message["role"], message["content"]) for message in chat.sent] == [
+        ("user", "one\n\ntwo"),
+        ("assistant", "I\n\nsay"),
+        ("assistant", "so"),
+        ("tool", "noon"),
+        ("user", "three"),
+    ]
+
+
+async def test_instructions_amid_a_conversation_reach_any_template(client: httpx.AsyncClient, chat: FakeChat) -> None:
+    """gpt-oss's and SmolLM3's forget them, Mistral's refuses them."""
+    later = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    for first, asked in (({"system": "Be kind."}, [later, *HI, later]), ({}, [{**later, "content": "Be kind."}, *HI])):
+        answer = await client.post(PATH, json={"model": "m", "max_tokens": 5, "messages": asked, **first})
+        assert answer.status_code == 200, answer.text
+    assert chat.sent == [{"role": "system", "content": "Be kind."}, *HI]
+    assert [message.to_template() for message in chat.calls[0].messages] == [
+        {"role": "system", "content": "Be kind.\n\nBe brief."},
+        {"role": "user", "content": "hi\n\n<system-reminder>\nBe brief.\n</system-reminder>"},
+    ]
+
+
+async def test_the_older_name_of_a_format(client: httpx.AsyncClient, chat: FakeChat) -> None:
+    form = {"type": "json_schema", "schema": {"type": "object"}}
+    for fields in ({"output_format": form}, {"output_format": form, "output_config": {"effort": "low"}}):
+        answer = await client.post(PATH, json={"model": "m", "max_tokens": 5, "messages": HI, **fields})
+        assert answer.status_code == 200, answer.text
+        wanted = chat.calls[-1].response_format
+        assert wanted is not None
+        assert wanted.json_schema is not None
+        assert wanted.json_schema.json_schema == {"type": "object"}
 
 
 @pytest.mark.parametrize(

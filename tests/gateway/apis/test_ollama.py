@@ -12,6 +12,7 @@ from ollama import AsyncClient, ResponseError
 from pydantic import BaseModel
 
 from fake_chat import METRICS, FakeChat, answer_end, rich_answer, text_answer
+from fake_engine import FakeEngine
 from live_server import serving
 from sagellm_gateway.app import Gateway
 from sagellm_gateway.pieces import AnswerEnd, AnswerStart, ChoiceEnd, TextPiece
@@ -26,6 +27,18 @@ from sagellm_protocol import (
 from sagellm_protocol.fields import MAX_INT32
 
 HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def chat_template() -> str | None:
+    return None
+
+
+@pytest.fixture
+def engine(chat_template: str | None) -> FakeEngine:
+    engine = FakeEngine(max_model_len=64)
+    engine.chat_template = chat_template
+    return engine
 
 
 @pytest.fixture
@@ -98,6 +111,7 @@ def weather(city: str) -> str:
     return f"sun in {city}"
 
 
+@pytest.mark.parametrize("chat_template", ["{{ enable_thinking }}"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_tools_and_thinking(ollama: AsyncClient, chat: FakeChat, stream: bool) -> None:
     chat.pieces = rich_answer()
@@ -289,6 +303,7 @@ async def test_the_last_message_may_begin_the_answer(client: httpx.AsyncClient, 
         ({"presence_penalty": 0.5}, "presence_penalty", 0.5),
         ({"min_p": 0.1, "mirostat": 0, "tfs_z": 1.0, "typical_p": 1, "repeat_last_n": 64}, "min_p", 0.1),
         ({"num_ctx": 64, "stop": "END"}, "stop", ("END",)),
+        ({"num_ctx": 131_072, "num_predict": 9}, "max_completion_tokens", 9),  # more than is served
     ],
 )
 async def test_options(
@@ -298,10 +313,79 @@ async def test_options(
     assert getattr(chat.calls[-1], name) == value
 
 
+async def test_an_answer_comes_back_with_what_clients_keep_beside_it(client: httpx.AsyncClient, chat: FakeChat) -> None:
+    """Open WebUI's form of a call, LangChain's of a result."""
+    function = {"name": "clock", "arguments": {}, "description": "?"}
+    messages = [
+        *HI,
+        {"role": "assistant", "content": "", "tool_calls": [{"index": 0, "id": None, "function": function}]},
+        {"role": "tool", "content": "noon", "name": "clock"},
+    ]
+    await lines_of(client, "/api/chat", messages=messages)
+    call = chat.sent[1]["tool_calls"][0]
+    assert (call["id"], call["function"]) == ("call_1_0", {"name": "clock", "arguments": "{}"})
+    assert chat.sent[2]["tool_call_id"] == "call_1_0"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": HI}),
+        ("/v1/messages", {"messages": HI, "max_tokens": 5}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/embeddings", {"input": "hi"}),
+    ],
+)
+async def test_a_name_of_the_list_is_known_to_every_api(
+    client: httpx.AsyncClient, path: str, fields: dict[str, Any]
+) -> None:
+    name = (await client.get("/api/tags")).json()["models"][0]["name"]
+    assert name == "m:latest"
+    answer = await client.post(path, json={"model": name, **fields})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == "m"
+
+
+async def test_the_tag_of_an_unknown_name_stays(client: httpx.AsyncClient) -> None:
+    unknown = await client.post("/v1/embeddings", json={"model": "nobody:latest", "input": "hi"})
+    assert unknown.status_code == 404
+    assert "'nobody:latest'" in unknown.json()["error"]["message"]
+
+
+async def test_what_asks_for_no_vector_has_none(client: httpx.AsyncClient) -> None:
+    for fields in ({}, {"input": ""}, {"input": []}):
+        answer = await client.post("/api/embed", json={"model": "m", **fields})
+        assert (answer.json()["embeddings"], answer.json()["prompt_eval_count"]) == ([], 0)
+    assert (await client.post("/api/embeddings", json={"model": "m", "prompt": ""})).json() == {"embedding": []}
+    assert (await client.post("/api/embed", json={"model": "nobody"})).status_code == 404
+
+
+@pytest.mark.parametrize("chat_template", ["{{ enable_thinking }}", "{{ reasoning_effort }}", "</think>"])
+async def test_who_can_think_says_so(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/api/show", json={"model": "m"})).json()["capabilities"] == ["completion", "thinking"]
+    answer = await client.post("/api/chat", json={"model": "m", "messages": HI, "think": True, "stream": False})
+    assert answer.status_code == 200
+
+
+async def test_what_clients_ask_for_by_openais_names_is_done(client: httpx.AsyncClient, chat: FakeChat) -> None:
+    clock = {"type": "function", "function": {"name": "clock"}}
+    asked = {"temperature": 0.5, "top_p": 0.9, "max_output_tokens": 9, "tools": [clock]}
+    await lines_of(client, "/api/chat", messages=HI, **asked, tool_choice="required", options={"top_p": 0.3})
+    call = chat.calls[-1]
+    assert (call.temperature, call.top_p, call.max_completion_tokens) == (0.5, 0.3, 9)
+    assert call.tool_choice == "required"
+    await lines_of(client, "/api/chat", messages=HI, **asked, tool_choice={"type": "function", "name": "clock"})
+    assert chat.calls[-1].tool_choice.function.name == "clock"  # type: ignore[union-attr]
+    await lines_of(client, "/api/generate", prompt="hi", temperature=0.5)
+    assert chat.calls[-1].temperature == 0.5
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "status", "named"),
     [
-        ("chat", {"options": {"num_ctx": 65}}, 400, "options.num_ctx"),
+        ("chat", {"tool_choice": "required"}, 400, "tool_choice"),
+        ("chat", {"options": {"num_ctx": 0}}, 400, "options.num_ctx"),
         ("chat", {"options": {"num_predict": -3}}, 400, "options.num_predict"),
         ("chat", {"options": {"mirostat": 2}}, 400, "options.mirostat"),
         ("chat", {"options": {"repeat_penalty": 1.1, "repeat_last_n": 64}}, 400, "options.repeat_last_n"),
@@ -310,6 +394,8 @@ async def test_options(
         ("chat", {"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages[0].role"),
         ("chat", {"format": "yaml"}, 400, "format"),
         ("chat", {"think": "very"}, 400, "think"),
+        ("chat", {"think": True}, 400, "m does not support thinking; leave think out"),
+        ("generate", {"think": True}, 400, "m does not support thinking"),
         ("generate", {"raw": True}, 400, "raw"),
         ("generate", {"template": "{{ .Prompt }}"}, 400, "template"),
         ("generate", {"suffix": "x"}, 400, "suffix"),

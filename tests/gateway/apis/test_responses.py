@@ -12,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 from pydantic import BaseModel
 
-from asgi_client import LeavingClient, client_of, named_events_in, until
+from asgi_client import LeavingClient, client_of, named_events_in
 from fake_chat import FakeChat, answer_end, rich_answer, text_answer
 from live_server import serving
 from sagellm_gateway.app import Gateway
@@ -20,6 +20,8 @@ from sagellm_gateway.pieces import AnswerStart, ReasoningPiece, TextPiece
 from sagellm_gateway.responses.store import ResponseStore, StoredResponse
 from sagellm_protocol import InternalError, InvalidArgumentError, ResourceExhaustedError, TokenLogprob, TopLogprob
 from sagellm_protocol import NotFoundError as SageNotFoundError
+from sagellm_protocol.openai import ChatCompletionRequest
+from waiting import until
 
 PATH = "/v1/responses"
 WEATHER = {
@@ -226,6 +228,35 @@ async def test_the_events_of_reasoning_text_and_calls(client: httpx.AsyncClient,
     assert [without_ids(item) for item in whole["output"]] == [without_ids(item) for item in done]
 
 
+@pytest.mark.parametrize("asked", [{"summary": "auto"}, {"summary": "detailed"}, {"generate_summary": "detailed"}])
+async def test_who_asks_for_a_summary_gets_the_reasoning_as_one(
+    client: httpx.AsyncClient, chat: FakeChat, asked: dict[str, str]
+) -> None:
+    chat.pieces = rich_answer()
+    events = await events_of(client, {"input": "hi", "reasoning": asked})
+    of_reasoning = [event for event in events if event.get("output_index") == 0]
+    assert [event["type"].removeprefix("response.") for event in of_reasoning] == [
+        "output_item.added",
+        "reasoning_summary_part.added",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.done",
+        "reasoning_summary_part.done",
+        "output_item.done",
+    ]
+    assert all(event["summary_index"] == 0 and "content_index" not in event for event in of_reasoning[1:-1])
+    assert of_reasoning[4]["text"] == "let me think"
+    item = of_reasoning[-1]["item"]
+    part = {"type": "summary_text", "text": "let me think"}
+    assert (item["summary"], item["content"], of_reasoning[5]["part"]) == ([part], [], part)
+    whole = (await client.post(PATH, json={"model": "m", "input": "hi", "reasoning": asked})).json()
+    assert without_ids(whole["output"][0]) == without_ids(item)
+    assert whole["reasoning"]["summary"] == "detailed"
+    # It goes back to the model as the reasoning that it is.
+    await client.post(PATH, json={"model": "m", "input": "on", "previous_response_id": whole["id"]})
+    assert chat.sent[1]["reasoning_content"] == "let me think"
+
+
 def without_ids(item: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in item.items() if name != "id"}
 
@@ -336,6 +367,33 @@ async def test_turns_become_messages(client: httpx.AsyncClient, chat: FakeChat) 
     assert chat.sent[5] == {"role": "assistant", "content": "Well."}
 
 
+async def test_sampling_beyond_openais_reaches_the_model(client: httpx.AsyncClient, chat: FakeChat) -> None:
+    fields: dict[str, Any] = {
+        "top_k": 20,
+        "min_p": 0.1,
+        "seed": 3,
+        "ignore_eos": True,
+        "min_tokens": 2,
+        "stop": ["x"],
+        "stop_token_ids": [5],
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"7": 1},
+        "priority": 0,
+        "cache_salt": "s",
+        "chat_template_kwargs": {"a": 1},
+    }
+    answer = await client.post(PATH, json={"model": "m", "input": "hi", **fields})
+    assert answer.status_code == 200, answer.text
+    (call,) = chat.calls
+    plain = ChatCompletionRequest(model="m", messages=call.messages, **fields)
+    assert {name: getattr(call, name) for name in fields} == {name: getattr(plain, name) for name in fields}
+    # Those that load generators send without asking for anything.
+    answer = await client.post(PATH, json={"model": "m", "input": "hi", "stop": None, "ignore_eos": None})
+    assert answer.status_code == 200, answer.text
+
+
 async def test_items_may_be_referred_to(client: httpx.AsyncClient, chat: FakeChat) -> None:
     first = (await client.post(PATH, json={"model": "m", "input": "one"})).json()
     reference = {"type": "item_reference", "id": first["output"][0]["id"]}
@@ -386,12 +444,12 @@ async def test_tool_choice(
         ({"tool_choice": {"type": "function", "name": "f"}}, 400, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "schema": {}}}}, 400, "text.format.name"),
         ({"text": {"verbosity": "low"}}, 400, "text.verbosity"),
-        ({"reasoning": {"summary": "detailed"}}, 400, "reasoning.summary"),
+        ({"reasoning": {"summary": "concise"}}, 400, "reasoning.summary"),
         ({"truncation": "auto"}, 400, "truncation"),
         ({"background": True}, 400, "background"),
         ({"conversation": "conv_1"}, 400, "conversation"),
         ({"prompt": {"id": "p"}}, 400, "prompt"),
-        ({"include": ["web_search_call.results"]}, 400, "include[0]"),
+        ({"include": ["everything"]}, 400, "include[0]"),
         ({"metadata": {"a": "x" * 513}}, 400, "metadata[a]"),
         ({"max_output_tokens": 0}, 400, "max_output_tokens"),
         ({"top_logprobs": 21}, 400, "top_logprobs"),

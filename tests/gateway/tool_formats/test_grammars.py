@@ -152,6 +152,38 @@ def test_the_tokens_of_the_familys_own_notation_are_allowed(
             assert is_allowed(vocabulary, tokenizer, lazy, f"I will look.\n\n{text}")
 
 
+REPORT = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "sunny": {"type": "boolean"}},
+    "required": ["name", "sunny"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(("form", "name"), list(zip(FAMILIES, IDS, strict=True)), ids=IDS)
+def test_beside_a_form_an_answer_is_calls_or_of_that_form(
+    form: ToolFormat,
+    name: str,
+    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
+    token_ids: Mapping[str, int],
+    write: Writer,
+) -> None:
+    report = StructuredOutput(json_schema=REPORT)
+    either = form.grammar_beside(report, TOOLS, parallel=True, token_ids=token_ids)
+    answer = '{"name": "get", "sunny": true}'  # begins as a call of some families does
+    assert is_allowed(vocabulary, tokenizer, either, WRITTEN[name])
+    assert is_allowed(vocabulary, tokenizer, either, answer)
+    assert not is_allowed(vocabulary, tokenizer, either, "Hello")
+    assert not is_allowed(vocabulary, tokenizer, either, f"{answer}{WRITTEN[name]}")
+    assert read(form, answer).text == answer
+    for seed in range(4):
+        written = read(form, write(either, seed))
+        assert bool(written.tool_calls) != bool(written.text)
+        check(written, TOOLS)
+        assert not written.text or isinstance(json.loads(written.text)["sunny"], bool)
+
+
 @every_family
 def test_lazy_text_with_calls_has_valid_ones(form: ToolFormat, token_ids: Mapping[str, int], write: Writer) -> None:
     lazy = form.lazy_grammar(STRICT, parallel=True, token_ids=token_ids)

@@ -18,6 +18,7 @@ from sagellm_gateway.tool_formats.mistral import MistralFormat
 from sagellm_gateway.tool_formats.plain import PlainFormat
 from sagellm_gateway.tool_formats.qwen3_coder import Qwen3CoderFormat
 from sagellm_protocol import Tool
+from sagellm_protocol.messages import MAX_TOOL_NAME
 
 HERMES, LLAMA, MISTRAL, PLAIN = HermesFormat(), Llama3Format(), MistralFormat(), PlainFormat()
 CODER, DEEPSEEK = Qwen3CoderFormat(), DeepSeekFormat()
@@ -148,8 +149,8 @@ CASES: list[Case] = [
 ]
 
 
-def read(form: ToolFormat, chunks: list[str]) -> list[Piece]:
-    parser = form.parser(0, TOOLS)
+def read(form: ToolFormat, chunks: list[str], tools: list[Tool] = TOOLS) -> list[Piece]:
+    parser = form.parser(0, tools)
     return [*(piece for chunk in chunks for piece in parser.feed(chunk)), *parser.end()]
 
 
@@ -278,6 +279,23 @@ def test_text_arguments_of_qwen3_coder_stream() -> None:
     assert parser.feed("\nHello") == [ToolCallPiece(0, 0, '"Hello')]
     assert parser.feed(' "you"\n') == [ToolCallPiece(0, 0, ' \\"you\\"')]
     assert parser.feed("</parameter>\n</function>") == [ToolCallPiece(0, 0, '"}')]
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (HERMES, '<tool_call>{"name": "NAME", "arguments": {}}</tool_call>'),
+        (LLAMA, '{"name": "NAME", "parameters": {}}'),
+        (MISTRAL, "[TOOL_CALLS]NAME[ARGS]{}"),
+        (CODER, "<tool_call>\n<function=NAME>\n</function>\n</tool_call>"),
+        (DEEPSEEK, f"{BEGIN}{ONE}NAME{SEP}{{}}{ONE_END}{END}"),
+        (DEEPSEEK, f"{BEGIN}{ONE}function{SEP}NAME\n```json\n{{}}\n```{ONE_END}{END}"),
+    ],
+)
+def test_the_longest_name_is_read_as_it_comes(form: ToolFormat, text: str) -> None:
+    name = "n" * MAX_TOOL_NAME
+    tool = Tool.model_validate({"type": "function", "function": {"name": name}})
+    assert told(read(form, list(text.replace("NAME", name)), [tool])) == ("", [(name, "{}")])
 
 
 def test_ids_are_fresh_and_of_the_form_that_the_family_demands() -> None:
