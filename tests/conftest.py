@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A busy machine is no fault of the code: no test may fail by the clock.
-settings.register_profile("no-deadline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine is no fault of the code: no test may fail by the clock. What fails says how it is repeated.
+settings.register_profile("no-deadline", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no-deadline")
 
 # Before torch is imported anywhere: the models of the tests are too small for threads, whose waiting for each other

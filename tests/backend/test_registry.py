@@ -111,7 +111,7 @@ def test_a_broken_package_is_named(install: Callable[[str], None]) -> None:
 
 def test_a_built_in_name_cannot_be_taken_over(install: Callable[[str], None], caplog: pytest.LogCaptureFixture) -> None:
     install("cpu = foreign_backend_module:create")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="sagellm_backend"):
         assert isinstance(get_provider("cpu"), CPUBackendProvider)
         assert "cpu" in list_kinds()
     assert "backend 'cpu' of foreign_backend_module:create is ignored" in caplog.text

@@ -80,7 +80,7 @@ def test_ctrl_c_ends_one_answer_and_ctrl_d_the_conversation(home: Path, endless_
             terminal.wait_for("story")
             terminal.wait_for(" the ")
             terminal.send("\x03")
-            terminal.wait_for("(stopped)", timeout_s=15)
+            terminal.wait_for("(stopped)", timeout_s=60)
             terminal.wait_for("> ")
         assert terminal.process.poll() is None
         terminal.send("\x04")

@@ -155,6 +155,6 @@ def test_demo_failures(cli: Cli, tmp_path: Path) -> None:
     )
     outcome = cli("demo", "--workload", str(workload), "--output", str(tmp_path / "m.json"))
     assert outcome.status == 2
-    assert outcome.err.splitlines()[-1].startswith("error [invalid_argument]: the prompt has 5000 tokens")
+    assert outcome.err.splitlines()[-1].startswith("error [invalid_argument]: the prompt is too long: this model's")
     outcome = cli("demo", "--workload", str(workload), "--output", str(tmp_path / "absent" / "m.json"))
     assert outcome.err.endswith(f"there is no folder {tmp_path / 'absent'}\n")  # said before minutes of work

@@ -154,7 +154,7 @@ def test_a_bad_checkpoint_is_one_line(cli: Cli, tmp_path: Path, how: str) -> Non
         (["-p", ""], "invalid_argument", "the prompt is empty"),
         (["-p", "  \n"], "invalid_argument", "the prompt is empty"),
         ([], "invalid_argument", "the prompt is empty"),
-        (["-p", "hi " * 50, "--max-model-len", "16"], "invalid_argument", "max_model_len is 16"),
+        (["-p", "hi " * 50, "--max-model-len", "16"], "invalid_argument", "context length is 16 tokens"),
         (["-p", "hi", "--max-model-len", "100000"], "invalid_argument", "the model takes 1024"),
         (["-p", "hi", "-n", "0"], "invalid_argument", "max_tokens must be"),
         (["-p", "hi", "--preset", "wild"], "invalid_argument", "unknown preset 'wild'"),

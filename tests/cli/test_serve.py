@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli_process import Cli, run_process, server
+from cli_process import Cli, run_process, server, wait_until_idle
 
 pytestmark = pytest.mark.slow
 
@@ -44,15 +44,11 @@ def test_a_stream_is_finished_before_the_server_stops(home: Path, endless_model:
 
 
 def test_a_client_that_leaves_frees_its_request(home: Path, endless_model: Path) -> None:
-    with server(["serve", "--model", str(endless_model)], home) as process:
-        body = {**HELLO, "stream": True, "max_tokens": 900}
+    with server(["serve", "--model", str(endless_model), "--max-model-len", "60000"], home) as process:
+        body = {**HELLO, "stream": True, "max_tokens": 50000}
         with httpx.stream("POST", f"{process.url}/v1/chat/completions", json=body, timeout=30) as answer:
             next(answer.iter_lines())
-        for _ in range(100):
-            engines = httpx.get(f"{process.url}/health").json()["engines"]
-            if all(engine["num_requests"] == 0 for engine in engines.values()):
-                break
-        assert all(engine["num_requests"] == 0 for engine in engines.values())
+        wait_until_idle(process.url)
         assert 'finish_reason="length"' not in httpx.get(f"{process.url}/metrics").text
 
 

@@ -30,7 +30,7 @@ def work_together(rank: int, meeting: str) -> None:
 
 
 def lose_a_peer(rank: int, meeting: str, mode: str) -> None:
-    comm = get_collectives("gloo", world_size=2, rank=rank, init_method=f"file://{meeting}", timeout_s=5)
+    comm = get_collectives("gloo", world_size=2, rank=rank, init_method=f"file://{meeting}", timeout_s=60)
     if mode == "leave":
         os._exit(0)
     try:

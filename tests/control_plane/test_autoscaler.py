@@ -160,7 +160,7 @@ def test_objectives_that_no_replica_can_keep_hold_none_for_ever(caplog: pytest.L
     """A request alone takes 0.1 s to its first token: replicas come with the load all the same, and go with it."""
     config = CONFIG.model_copy(update={"ttft_ms": 60})
     world = World(lambda now: 60.0 if 300 <= now < 900 else 1.0, config)
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING", logger="sagellm_control_plane"):
         world.live(300)
         assert world.num_ready == 1, "no number of them would help"
         world.live(600)

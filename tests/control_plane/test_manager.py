@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import virtual_loop
 from fake_engine import FakeEngine
 from sagellm_control_plane import (
     ControlPlaneManager,
@@ -34,6 +35,7 @@ from sagellm_protocol import (
     StreamEventStart,
     UnavailableError,
 )
+from waiting import until
 
 
 def make_manager(*engines: FakeEngine, **options: Any) -> ControlPlaneManager:
@@ -56,14 +58,6 @@ def assert_idle(manager: ControlPlaneManager) -> None:
     for info in manager.list_engines():
         assert (info.num_requests, info.num_tokens) == (0, 0), info
     assert manager.get_status()["num_waiting"] == 0
-
-
-async def until(condition: Any) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("it never came true")
 
 
 # ---- life ---------------------------------------------------------------------------------------------
@@ -316,32 +310,38 @@ async def test_a_cancellation_at_any_moment_loses_no_place(num_ticks: int) -> No
 # ---- deadlines ----------------------------------------------------------------------------------------
 
 
-async def test_a_deadline_ends_a_request_that_runs() -> None:
-    async with make_manager(FakeEngine()) as manager:
-        response = await manager.execute_request(prompt="wait", slo=SLO(deadline_ms=20))
-        assert response.finish_reason is FinishReason.ABORT
-        assert response.error is not None
-        assert response.error.code is ErrorCode.DEADLINE_EXCEEDED
-        request = Request(prompt="wait", slo=SLO(deadline_ms=20), stream=True)
-        events = [event async for event in manager.stream_request(request)]
-        assert isinstance(events[-1], StreamEventEnd)
-        assert events[-1].error == response.error
-        assert_idle(manager)
-        assert manager.get_metrics().error_rate == 1.0
+def test_a_deadline_ends_a_request_that_runs() -> None:
+    async def main() -> None:
+        async with make_manager(FakeEngine()) as manager:
+            response = await manager.execute_request(prompt="wait", slo=SLO(deadline_ms=20))
+            assert response.finish_reason is FinishReason.ABORT
+            assert response.error is not None
+            assert response.error.code is ErrorCode.DEADLINE_EXCEEDED
+            request = Request(prompt="wait", slo=SLO(deadline_ms=20), stream=True)
+            events = [event async for event in manager.stream_request(request)]
+            assert isinstance(events[-1], StreamEventEnd)
+            assert events[-1].error == response.error
+            assert_idle(manager)
+            assert manager.get_metrics().error_rate == 1.0
+
+    virtual_loop.run(main)
 
 
-async def test_a_deadline_ends_a_request_that_waits() -> None:
-    engine = FakeEngine(max_batch_size=1)
-    async with make_manager(engine) as manager:
-        held = asyncio.ensure_future(manager.execute_request(prompt="wait"))
-        await until(lambda: engine.requests)
-        with pytest.raises(DeadlineExceededError, match="deadline of 20 ms has passed"):
-            await manager.execute_request(prompt="hi", slo=SLO(deadline_ms=20))
-        engine.gate.set()
-        await held
-        assert_idle(manager)
-        quick = await manager.execute_request(prompt="hi", max_tokens=1, slo=SLO(deadline_ms=60_000))
-        assert quick.error is None
+def test_a_deadline_ends_a_request_that_waits() -> None:
+    async def main() -> None:
+        engine = FakeEngine(max_batch_size=1)
+        async with make_manager(engine) as manager:
+            held = asyncio.ensure_future(manager.execute_request(prompt="wait"))
+            await until(lambda: engine.requests)
+            with pytest.raises(DeadlineExceededError, match="deadline of 20 ms has passed"):
+                await manager.execute_request(prompt="hi", slo=SLO(deadline_ms=20))
+            engine.gate.set()
+            await held
+            assert_idle(manager)
+            quick = await manager.execute_request(prompt="hi", max_tokens=1, slo=SLO(deadline_ms=60_000))
+            assert quick.error is None
+
+    virtual_loop.run(main)
 
 
 # ---- answers and figures ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sagellm_control_plane.config import ControlPlaneConfig
 from sagellm_control_plane.lifecycle_config import LifecycleConfig
 from sagellm_core import LLMEngine, LLMEngineConfig
 from sagellm_protocol import Request, SamplingParams, StreamEventEnd
+from waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,7 @@ BLOCK_SIZE = 16
 def requests() -> list[Request]:
     """Prompts of seven blocks; no two begin alike."""
     text = "Once upon a time there was an engine that computed prompts for another one. " * 6
-    sampling = [SamplingParams(max_tokens=80, temperature=0.9, seed=n, ignore_eos=True) for n in range(NUM_STREAMS)]
+    sampling = [SamplingParams(max_tokens=200, temperature=0.9, seed=n, ignore_eos=True) for n in range(NUM_STREAMS)]
     return [
         Request(request_id=f"r{n}", model="builtin", prompt=f"{n}: {text}", stream=True, sampling_params=sampling[n])
         for n in range(NUM_STREAMS)
@@ -80,14 +81,6 @@ class House:
         await until(lambda: all(engine.takes_requests for engine in engines))
         assert not self.manager._pool.fleet.num_requests.any()
         assert self.manager.num_waiting == 0
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async def look() -> None:
-        while not condition():
-            await asyncio.sleep(0.002)
-
-    await asyncio.wait_for(look(), 60)
 
 
 @pytest.fixture

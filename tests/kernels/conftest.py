@@ -47,8 +47,9 @@ def portable_ops() -> NativeOps:
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Tests may change torch's number of threads."""
+def _torch() -> Iterator[None]:
+    """Tests may change torch's number of threads; their random numbers are the same in any order."""
     before = torch.get_num_threads()
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)

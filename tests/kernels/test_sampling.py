@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Shape = Callable[[np.random.Generator, int], "NDArray[np.float64]"]
 GREEDY = (0.0, 0.0, 1.0, 0.0, 0.5)
-SHARED_FIXTURE = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED_FIXTURE = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def normal(rng: np.random.Generator, size: int) -> NDArray[np.float64]:

@@ -80,12 +80,3 @@ class LeavingClient:
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
-
-
-async def until(condition: Any) -> None:
-    """Let the event loop run until `condition()` is true."""
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("it never came true")

@@ -1,10 +1,10 @@
-"""Engines without a model in child processes: clients, streams that have begun, and waiting for what is to come."""
+"""Engines without a model in child processes: clients, and streams that have begun."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from fake_engine_process import FAKE_COMMAND
 from sagellm_control_plane.clients.process import ProcessEngineClient
 from sagellm_core.config import LLMEngineConfig
 from sagellm_protocol import Request, StreamEvent
+from waiting import PATIENCE_S, until
 
 
 def make_client(run_dir: Path, engine_id: str = "e0", **options: Any) -> ProcessEngineClient:
@@ -33,11 +34,15 @@ async def events_of(client: ProcessEngineClient, **fields: Any) -> list[StreamEv
     return [event async for event in client.stream(Request(**{"max_tokens": 3, "stream": True, **fields}))]
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        await asyncio.sleep(0.005)
+async def silence(items: list[Any]) -> None:
+    """Wait until nothing is added any more for 0.3 s; what was on its way may still come."""
+    seen_at = time.monotonic()
+    while True:
+        number = len(items)
+        await asyncio.sleep(0.3)
+        if len(items) == number:
+            return
+        assert time.monotonic() - seen_at < PATIENCE_S, "there is no end of them"
 
 
 async def begin(client: ProcessEngineClient, prompt: str = "wait", **fields: Any) -> asyncio.Task[list[StreamEvent]]:

@@ -8,16 +8,20 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
+
+from waiting import PATIENCE_S
 
 SUPPORT = Path(__file__).resolve().parent
 SOURCE = SUPPORT.parents[1] / "src"
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 
 
 @dataclass
@@ -127,3 +131,11 @@ def server(arguments: Sequence[str], home: Path, *, module: str = "sagellm") -> 
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
+
+
+def wait_until_idle(url: str) -> None:
+    """Wait until no engine of a server has a request."""
+    deadline = time.monotonic() + PATIENCE_S
+    while any(engine["num_requests"] for engine in httpx.get(f"{url}/health").json()["engines"].values()):
+        assert time.monotonic() < deadline, "a request is still running"
+        time.sleep(0.05)

@@ -131,6 +131,11 @@ class FakeChild(FakeThread):
         super().__init__(name, **options)
         self.on_lost: Callable[[EngineLostError], None] | None = None
         self.is_detached = False
+        self.is_struck = True  # whatever it is told to do comes from outside
+
+    async def start(self) -> None:
+        self.is_struck = True
+        await super().start()
 
     async def kill(self) -> None:
         self.log.append("kill")

@@ -26,13 +26,15 @@ PIECE = 4  # characters a token
 class ScriptedEngine(FakeEngine):
     """Answers with `script[prompt]`, by default the prompt itself, a token of some characters every `pace_s`.
 
-    `endless` as a prompt is answered without end; `wait`, `fail` and `refuse` do what they do in a `FakeEngine`.
+    Where `holds_after` is set, it waits for `gate` after so many tokens. `endless` as a prompt is answered without end;
+    `wait`, `fail` and `refuse` do what they do in a `FakeEngine`.
     """
 
     def __init__(self, script: dict[str, str] | None = None, *, pace_s: float = 0.002, **options: Any) -> None:
         super().__init__(**options)
         self.script = script or {}
         self.pace_s = pace_s
+        self.holds_after: int | None = None
 
     async def stream(self, request: Request, /) -> AsyncGenerator[StreamEvent, None]:
         prompt = str(request.messages[-1].content) if request.messages else ""
@@ -48,6 +50,8 @@ class ScriptedEngine(FakeEngine):
             yield StreamEventStart(prompt_tokens=len(prompt.split()), **names)
             for piece in self._pieces(prompt):
                 await asyncio.sleep(self.pace_s)
+                if len(said) == self.holds_after:
+                    await self.gate.wait()
                 said.append(piece)
                 yield StreamEventDelta(chunk=piece, chunk_tokens=[1], **names)
             is_done = True
@@ -68,5 +72,6 @@ class ScriptedEngine(FakeEngine):
             index=0, text="".join(said), token_ids=[1] * len(said), finish_reason=FinishReason.STOP
         )
         usage = Usage(prompt_tokens=7, completion_tokens=len(said))
-        metrics = Metrics(ttft_ms=12.0, tpot_ms=3.0)
+        # The seconds that a busy machine adds are not seen beside it.
+        metrics = Metrics(ttft_ms=12_000.0, tpot_ms=3.0)
         return Response.of([output], model=request.model, metrics=metrics, usage=usage, **names)

@@ -62,6 +62,8 @@ class Terminal:
 
 def _take_terminal() -> None:
     import fcntl
+    import signal
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as from a shell, whatever these tests were started by
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

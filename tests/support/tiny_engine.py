@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from model_zoo import build
 from sagellm_core import LLMEngine, LLMEngineConfig
 from small_tokenizers import byte_level_backend
+from waiting import PATIENCE_S
 
 BLOCK_SIZE = 8
 
@@ -26,6 +29,41 @@ def make_engine(folder: Path, **fields: Any) -> LLMEngine:
     return LLMEngine(
         LLMEngineConfig.model_validate({"model_path": str(folder), "backend_type": "cpu"} | small | fields)
     )
+
+
+class Brake:
+    """Holds engines in the midst of requests, which else may have ended before a test has come to its point.
+
+    `forward` is that of the models. While a step is held its engine answers nothing that is asked of its step loop.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self._num_left = 0
+        self._is_held = threading.Event()
+        self._goes_on = threading.Event()
+        self._goes_on.set()
+
+    def set(self, num_steps: int) -> None:
+        """Hold the step after the next `num_steps`."""
+        self._num_left = num_steps
+        self._is_held.clear()
+        self._goes_on.clear()
+
+    async def held(self) -> None:
+        """Wait until a step is held."""
+        assert await asyncio.to_thread(self._is_held.wait, PATIENCE_S)
+
+    def release(self) -> None:
+        self._goes_on.set()
+
+    def forward(self, *arguments: Any) -> Any:
+        if not self._goes_on.is_set():
+            if self._num_left == 0:
+                self._is_held.set()
+                assert self._goes_on.wait(PATIENCE_S)
+            self._num_left -= 1
+        return self._forward(*arguments)
 
 
 def loop_threads() -> list[str]:

@@ -95,6 +95,7 @@ async def measure(fake: Fake, *, detailed: bool = False, **options: Any) -> dict
 
 
 async def test_a_run_sends_what_it_should_and_counts_what_came(fake: Fake) -> None:
+    fake.pace_s = 0.005
     result = await measure(fake, endpoint="completions", api_key="k", detailed=True)
     assert len(fake.bodies) == 7  # one to warm up
     assert fake.headers[0]["authorization"] == "Bearer k"
@@ -119,10 +120,10 @@ async def test_chat_prompts_are_texts_of_about_the_length(fake: Fake) -> None:
 
 
 async def test_at_most_so_many_are_on_their_way(fake: Fake) -> None:
-    fake.pace_s = 0.02
-    result = await measure(fake, max_concurrency=2, num_prompts=10)
+    fake.pace_s = 0.1
+    result = await measure(fake, max_concurrency=2, num_prompts=6)
     assert fake.peak == result["peak_concurrency"] == 2
-    assert result["late_ms_p99"] < 80  # waiting for a turn is no lateness
+    assert result["late_ms_p99"] < 700  # waiting for a turn, 800 ms for the third, is no lateness
 
 
 async def test_requests_come_at_their_rate(fake: Fake) -> None:
@@ -135,7 +136,7 @@ async def test_requests_come_at_their_rate(fake: Fake) -> None:
 
 async def test_failures_are_told_apart(fake: Fake) -> None:
     fake.behaviours = ["good", "refuse", "error", "cut", "whole", "hang", "good"]
-    result = await measure(fake, timeout_s=0.5)
+    result = await measure(fake, timeout_s=2.0)
     assert {error["kind"]: error["count"] for error in result["errors"]} == {
         "status 429 resource_exhausted": 1,
         "error in the stream: unavailable": 1,
@@ -172,8 +173,9 @@ async def test_a_trace_is_replayed_at_its_pace_and_cut_to_the_context(fake: Fake
     assert result["load"]["num_cut_to_context"] == 3
     assert [len(prompt) for prompt in prompts] == [990] * 3
     assert prompts[0][:128] == prompts[1][:128] != prompts[0][128:256]
-    sent = [request["sent_at"] for request in result["requests"]]
-    assert sent[2] - sent[0] == pytest.approx(0.2, abs=0.1)
+    due = [request["due_at"] for request in result["requests"]]
+    assert due == pytest.approx([0, 0.1, 0.2])
+    assert all(request["sent_at"] >= request["due_at"] for request in result["requests"])
 
 
 async def test_a_file_is_asked_as_it_stands(fake: Fake, tmp_path: Path) -> None:

@@ -80,14 +80,19 @@ async def test_calls_at_the_same_time_have_connections_of_their_own() -> None:
 
 
 async def test_pieces_come_with_the_moments_at_which_they_came() -> None:
-    async def slowly(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(CHUNKED)
-        for piece in (b"3\r\nabc\r\n", b"2\r\nde\r\n", b"0\r\n\r\n"):
-            await asyncio.sleep(0.03)
-            writer.write(piece)
+    has_come = asyncio.Event()
 
+    async def slowly(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + b"3\r\nabc\r\n")
+        await has_come.wait()
+        await asyncio.sleep(0.03)
+        writer.write(b"2\r\nde\r\n0\r\n\r\n")
+
+    pieces = []
     async with calling(slowly) as (client, _), client.call("GET", "/") as answer:
-        pieces = [piece async for piece in answer]
+        async for piece in answer:
+            pieces.append(piece)
+            has_come.set()
     assert b"".join(piece for _, piece in pieces) == b"abcde"
     assert pieces[-1][0] - pieces[0][0] > 0.02
 
@@ -135,7 +140,7 @@ async def test_leaving_an_answer_closes_its_connection() -> None:
             async for _, piece in answer:
                 assert piece == b"a"
                 break
-        await asyncio.wait_for(server.closed.wait(), 5)
+        await asyncio.wait_for(server.closed.wait(), 60)
 
 
 async def test_a_server_waits_for_a_reader_that_is_behind() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from sagellm_control_plane.clients.channel import ServerKey
 from sagellm_control_plane.clients.connection import Call, EngineConnection
 from sagellm_control_plane.clients.server import EngineServer
 from sagellm_protocol import Request, UnauthenticatedError, UnavailableError
+from waiting import until
 
 KEY = ServerKey.new()
 
@@ -41,14 +42,6 @@ async def connected(endpoint: str, **options: Any) -> AsyncIterator[EngineConnec
         yield line
     finally:
         line.lose(UnavailableError("the test is over"))
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it never came true")
 
 
 async def read_all(call: Call) -> list[Any]:

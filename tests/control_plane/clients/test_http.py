@@ -25,6 +25,7 @@ from sagellm_protocol import (
     TokenizeRequest,
     UnavailableError,
 )
+from waiting import until
 
 
 @pytest.fixture
@@ -40,14 +41,6 @@ async def client(engine: FakeEngine) -> AsyncIterator[HTTPEngineClient]:
         await client.start()
         yield client
         await client.stop()
-
-
-async def until(condition: Any) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it never came true")
 
 
 async def events_of(client: HTTPEngineClient, **fields: Any) -> list[StreamEvent]:

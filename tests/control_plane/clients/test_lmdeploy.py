@@ -210,7 +210,7 @@ async def test_what_it_cannot_do_is_said(client: LMDeployEngineClient, values: d
 
 
 async def test_a_prompt_that_leaves_no_room(client: LMDeployEngineClient) -> None:
-    with pytest.raises(InvalidArgumentError, match="max_model_len is 256"):
+    with pytest.raises(InvalidArgumentError, match="maximum context length is 256"):
         await end_of(client, prompt=[5] * 256)
 
 

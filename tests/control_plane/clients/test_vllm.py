@@ -160,7 +160,7 @@ async def test_what_it_cannot_do_is_said(client: VLLMEngineClient) -> None:
         await events_of(client, lora="poems")
     with pytest.raises(UnsupportedError, match="embed"):
         await client.execute(Request.model_validate({"prompt": "a", "embed": {}}))
-    with pytest.raises(InvalidArgumentError, match="max_model_len is 256"):
+    with pytest.raises(InvalidArgumentError, match="maximum context length is 256"):
         await events_of(client, prompt=[5] * 256)
 
 

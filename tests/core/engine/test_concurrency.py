@@ -23,6 +23,7 @@ from sagellm_protocol import (
     UnavailableError,
 )
 from small_tokenizers import byte_level_backend
+from tiny_engine import Brake
 
 NUM_REQUESTS = 64
 
@@ -73,10 +74,7 @@ async def run_and_maybe_cancel(
 
 async def settled(engine: LLMEngine) -> None:
     """Wait until the engine has taken in the last cancellations; then nothing may be held."""
-    for _ in range(200):
-        stats = await engine.stats()
-        if stats.num_running == stats.num_waiting == 0:
-            break
+    while (stats := await engine.stats()).num_running + stats.num_waiting:
         await asyncio.sleep(0.01)
     assert stats.num_free_blocks == stats.num_blocks
     assert engine._client is not None
@@ -104,19 +102,19 @@ async def test_requests_in_company_equal_their_solo_runs(checkpoint: Path) -> No
     assert sum(cancel is None for cancel in cancels) > 30
 
 
-async def test_cancelling_a_consumer_frees_its_blocks_within_a_step(checkpoint: Path) -> None:
+async def test_cancelling_a_consumer_frees_its_blocks_within_a_step(checkpoint: Path, brake: Brake) -> None:
     async with make_engine(checkpoint) as engine:
+        brake.set(3)
         task = asyncio.ensure_future(
             engine.generate([5] * 60, sampling_params=SamplingParams(max_tokens=60, ignore_eos=True))
         )
-        while (await engine.stats()).num_running == 0:
-            await asyncio.sleep(0)
+        await brake.held()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        steps_before = (await engine.stats()).num_steps
+        brake.release()
         await settled(engine)
-        assert (await engine.stats()).num_steps <= steps_before + 1
+        assert (await engine.stats()).num_steps == 4, "the one that was under way was the last"
 
 
 async def test_stream_grammar_and_concatenation(checkpoint: Path) -> None:
@@ -137,28 +135,32 @@ async def test_stream_grammar_and_concatenation(checkpoint: Path) -> None:
     assert events[-1].outputs == whole.outputs
 
 
-async def test_abort_ends_with_the_reason_abort(checkpoint: Path) -> None:
+async def test_abort_ends_with_the_reason_abort(checkpoint: Path, brake: Brake) -> None:
     async with make_engine(checkpoint) as engine:
+        brake.set(3)
         sampling = SamplingParams(max_tokens=60, ignore_eos=True)
         task = asyncio.ensure_future(engine.generate([5] * 20, sampling_params=sampling, request_id="mine"))
-        while (await engine.stats()).num_running == 0:
-            await asyncio.sleep(0)
+        await brake.held()
         with pytest.raises(InvalidArgumentError, match="fresh id"):
             await engine.generate([5], request_id="mine")
         engine.abort("mine")
+        brake.release()
         response = await task
         assert response.finish_reason is FinishReason.ABORT
         await settled(engine)
 
 
-async def test_stopping_the_engine_ends_its_requests(checkpoint: Path) -> None:
+async def test_stopping_the_engine_ends_its_requests(checkpoint: Path, brake: Brake) -> None:
     engine = make_engine(checkpoint)
     await engine.start()
+    brake.set(3)
     sampling = SamplingParams(max_tokens=60, ignore_eos=True)
     task = asyncio.ensure_future(engine.generate([5] * 20, sampling_params=sampling))
-    while (await engine.stats()).num_running == 0:
-        await asyncio.sleep(0)
-    await engine.stop()
+    await brake.held()
+    stopping = asyncio.ensure_future(engine.stop())
+    await asyncio.sleep(0)
+    brake.release()
+    await stopping
     assert (await task).finish_reason is FinishReason.ABORT
     assert not await engine.health_check()
     with pytest.raises(UnavailableError, match="start"):

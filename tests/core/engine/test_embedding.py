@@ -21,7 +21,7 @@ from sagellm_protocol import (
     SamplingParams,
     UnsupportedError,
 )
-from tiny_engine import BLOCK_SIZE, build_checkpoint, make_engine
+from tiny_engine import BLOCK_SIZE, Brake, build_checkpoint, make_engine
 
 Vectors = list[list[float]]
 
@@ -174,14 +174,15 @@ async def test_texts_may_fill_the_context_but_no_more(folder: Path, reference: A
             await engine.execute(too_long)
 
 
-async def test_an_aborted_text_has_no_vector(folder: Path, reference: Any) -> None:
+async def test_an_aborted_text_has_no_vector(folder: Path, reference: Any, brake: Brake) -> None:
     del reference
     async with make_engine(folder, prefill_chunk_size=1) as engine:
+        brake.set(3)
         request = Request(prompt=[7] * 100, embed=EmbedParams())
         running = asyncio.ensure_future(engine.execute(request))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await brake.held()
         engine.abort(request.request_id)
+        brake.release()
         response = await running
         assert (response.finish_reason, response.embedding) == (FinishReason.ABORT, None)
         stats = await engine.stats()

@@ -15,6 +15,7 @@ from sagellm_core import LLMEngine, LLMEngineConfig
 from sagellm_core.models.decoder import CausalLM
 from sagellm_protocol import ErrorCode, FinishReason, InvalidArgumentError, SageLLMError, SamplingParams
 from small_tokenizers import byte_level_backend
+from tiny_engine import Brake
 
 
 @pytest.fixture
@@ -148,18 +149,18 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-async def test_bad_requests_come_and_go_while_good_ones_run(checkpoint: Path) -> None:
+async def test_bad_requests_come_and_go_while_good_ones_run(checkpoint: Path, brake: Brake) -> None:
     sampling = SamplingParams(max_tokens=50, ignore_eos=True)
     async with LLMEngine(LLMEngineConfig(model_path=str(checkpoint), max_model_len=64)) as engine:
         expected = (await engine.generate([5, 6], sampling_params=sampling)).output_tokens
+        brake.set(3)
         good = asyncio.ensure_future(engine.generate([5, 6], sampling_params=sampling, request_id="good"))
-        while (await engine.stats()).num_running == 0:
-            await asyncio.sleep(0)
+        await brake.held()
         for arguments, field in BAD_REQUESTS:
             with pytest.raises(InvalidArgumentError, match=field) as caught:
                 await engine.generate(**arguments)
             assert "\n" not in caught.value.message
-        assert not good.done()
+        brake.release()
         assert (await good).output_tokens == expected
         stats = await engine.stats()
     assert stats.num_free_blocks == stats.num_blocks

@@ -11,7 +11,7 @@ import pytest
 from sagellm_core import LLMEngine
 from sagellm_core.models.decoder import CausalLM
 from sagellm_protocol import FinishReason, Metrics, SamplingParams, StreamEventDelta, StreamEventEnd
-from tiny_engine import BLOCK_SIZE, make_engine
+from tiny_engine import BLOCK_SIZE, Brake, make_engine
 
 PROMPT = list(range(10, 31))  # 21 tokens: two full blocks and a part
 BYTES_PER_TOKEN = 3 * 2 * 2 * 24 * 4  # layers, K and V, KV heads, head size, float32
@@ -132,8 +132,9 @@ async def test_several_outputs_count_together(folder: Path) -> None:
     assert 0 < metrics.ttft_ms <= metrics.timestamps.duration_s * 1e3
 
 
-async def test_an_aborted_request_counts_what_it_got(folder: Path) -> None:
+async def test_an_aborted_request_counts_what_it_got(folder: Path, brake: Brake) -> None:
     async with make_engine(folder) as engine:
+        brake.set(3)
         received = 0
         end: StreamEventEnd | None = None
         async for event in engine.stream(PROMPT, sampling_params=tokens(100), request_id="mine"):
@@ -141,6 +142,7 @@ async def test_an_aborted_request_counts_what_it_got(folder: Path) -> None:
                 received += len(event.chunk_tokens)
                 if received == 3:
                     engine.abort("mine")
+                    brake.release()
             elif isinstance(event, StreamEventEnd):
                 end = event
     assert end is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from sagellm_protocol import (
     SamplingParams,
     UnavailableError,
 )
-from tiny_engine import make_engine
+from tiny_engine import Brake, make_engine
+from waiting import PATIENCE_S
 
 LONG = SamplingParams(max_tokens=90, ignore_eos=True)
 
@@ -63,7 +65,7 @@ class Watcher:
     async def until(self, condition: Callable[[EngineReport], bool]) -> EngineReport:
         """The first report from now on of which `condition` holds."""
         known = len(self.reports)
-        for _ in range(1000):
+        for _ in range(12_000):
             for report in self.reports[known:]:
                 if condition(report):
                     return report
@@ -137,7 +139,7 @@ async def test_reports_come_while_nothing_happens(folder: Path) -> None:
         started_at = time.monotonic()
         while len(watcher.reports) < 6:
             await asyncio.sleep(0.005)
-        assert 0.08 < time.monotonic() - started_at < 5.0
+        assert time.monotonic() - started_at > 0.08
 
 
 async def test_silence_while_the_loop_hangs(folder: Path) -> None:
@@ -146,12 +148,20 @@ async def test_silence_while_the_loop_hangs(folder: Path) -> None:
         engine.watch(watcher, interval_s=0.02)
         await watcher.until(lambda report: True)
         assert engine._client is not None
-        hang = asyncio.ensure_future(engine._client.call(lambda core: time.sleep(0.4)))
-        await asyncio.sleep(0.1)
+        hangs, goes_on = threading.Event(), threading.Event()
+
+        def hang(_: object) -> None:
+            hangs.set()
+            goes_on.wait(60)
+
+        hanging = asyncio.ensure_future(engine._client.call(hang))
+        await asyncio.to_thread(hangs.wait, 60)
+        await asyncio.sleep(0)  # what was told before is here now
         known = len(watcher.reports)
         await asyncio.sleep(0.2)
         assert len(watcher.reports) == known
-        await hang
+        goes_on.set()
+        await hanging
         await watcher.until(lambda report: True)
 
 
@@ -225,8 +235,9 @@ def test_a_watch_ends_with_its_event_loop(folder: Path) -> None:
 # ---- draining ---------------------------------------------------------------------------------------------
 
 
-async def test_draining_waits_for_those_inside_and_refuses_others(folder: Path) -> None:
+async def test_draining_waits_for_those_inside_and_refuses_others(folder: Path, brake: Brake) -> None:
     async with make_engine(folder) as engine:
+        brake.set(3)
         stream = engine.stream([9, 8, 7], sampling_params=LONG)
         await anext(stream)
         drain = asyncio.ensure_future(engine.drain())
@@ -239,36 +250,41 @@ async def test_draining_waits_for_those_inside_and_refuses_others(folder: Path) 
             async for _ in engine.stream([9, 8, 7], sampling_params=LONG):
                 pass
         assert not drain.done()
+        brake.release()
         last = [event async for event in stream][-1]
         assert last.event == "end"
         assert last.finish_reason is FinishReason.LENGTH
-        await asyncio.wait_for(drain, 5)
+        await asyncio.wait_for(drain, PATIENCE_S)
         await engine.drain()  # nobody is inside: at once
         engine.resume()
         assert (await engine.generate([9, 8, 7], sampling_params=LONG)).finish_reason is FinishReason.LENGTH
 
 
-async def test_going_on_ends_a_drain(folder: Path) -> None:
+async def test_going_on_ends_a_drain(folder: Path, brake: Brake) -> None:
     async with make_engine(folder) as engine:
+        brake.set(3)
         stream = engine.stream([9, 8, 7], sampling_params=LONG)
         await anext(stream)
         drain = asyncio.ensure_future(engine.drain())
         await asyncio.sleep(0.02)
         engine.resume()
         with pytest.raises(RequestCancelledError, match="go on"):
-            await asyncio.wait_for(drain, 5)
+            await asyncio.wait_for(drain, PATIENCE_S)
+        brake.release()
         await stream.aclose()
 
 
-async def test_a_drain_that_is_given_up_leaves_the_engine_draining(folder: Path) -> None:
+async def test_a_drain_that_is_given_up_leaves_the_engine_draining(folder: Path, brake: Brake) -> None:
     async with make_engine(folder) as engine:
+        brake.set(3)
         stream = engine.stream([9, 8, 7], sampling_params=LONG)
         await anext(stream)
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(engine.drain(), 0.02)
+        brake.release()
         await stream.aclose()
         assert not engine.is_ready
-        await asyncio.wait_for(engine.drain(), 5)
+        await asyncio.wait_for(engine.drain(), PATIENCE_S)
 
 
 async def test_an_id_can_be_used_again_at_once(folder: Path) -> None:

@@ -25,7 +25,7 @@ from sagellm_protocol import (
     StreamEventEnd,
     StreamEventStart,
 )
-from tiny_engine import make_engine
+from tiny_engine import Brake, make_engine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the engines serve all tests
 
@@ -259,14 +259,16 @@ async def test_what_had_ended_costs_no_step(engines: tuple[LLMEngine, LLMEngine]
     assert (await engines[1].stats()).num_steps == num_steps
 
 
-async def test_an_answer_given_up_holds_what_was_received(engines: tuple[LLMEngine, LLMEngine]) -> None:
+async def test_an_answer_given_up_holds_what_was_received(engines: tuple[LLMEngine, LLMEngine], brake: Brake) -> None:
     sampling = {"max_tokens": 60, "ignore_eos": True, "temperature": 1.0, "seed": 4}
     request = Request.model_validate({"prompt": [9, 8, 7], "sampling_params": sampling})
     whole = await run(engines[0], request)
     before = Run(whole.deltas[:9])
+    brake.set(3)
     events = engines[1].stream(resumed(request, before, 4))
     await anext(events)
     engines[1].abort(request.request_id)
+    brake.release()
     end = [event async for event in events][-1]
     assert isinstance(end, StreamEventEnd)
     assert end.finish_reason is FinishReason.ABORT

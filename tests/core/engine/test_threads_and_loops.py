@@ -20,7 +20,8 @@ from sagellm_core.engine_core.client import EngineCoreClient
 from sagellm_core.factory import build_executor
 from sagellm_core.input_processor import InputProcessor
 from sagellm_protocol import SamplingParams, StreamEventDelta, UnavailableError
-from tiny_engine import build_checkpoint, loop_threads, make_engine
+from tiny_engine import Brake, build_checkpoint, loop_threads, make_engine
+from waiting import PATIENCE_S
 
 SAMPLING = SamplingParams(max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(max_tokens=100, ignore_eos=True)
@@ -32,19 +33,16 @@ async def ask(engine: LLMEngine, prompt: list[int]) -> list[int]:
 
 async def settled(engine: LLMEngine) -> None:
     """Wait until nothing runs; then no block may be held."""
-    for _ in range(500):
-        stats = await engine.stats()
-        if stats.num_running == stats.num_waiting == 0:
-            break
+    while (stats := await engine.stats()).num_running + stats.num_waiting:
         await asyncio.sleep(0.01)
     assert stats.num_free_blocks == stats.num_blocks
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.01)
-    assert condition()
 
 
 async def test_two_engines_in_one_process(folder: Path, tmp_path: Path) -> None:
@@ -108,17 +106,18 @@ async def test_several_event_loops_at_once(folder: Path) -> None:
         assert await asyncio.gather(*runs, ask(engine, [5, 6, 7])) == [expected] * 5
 
 
-def test_a_loop_that_ends_in_the_middle_of_a_request(folder: Path) -> None:
+def test_a_loop_that_ends_in_the_middle_of_a_request(folder: Path, brake: Brake) -> None:
     engine = make_engine(folder)
     asyncio.run(engine.start())
 
     async def leave_one_running() -> None:
         task = asyncio.ensure_future(engine.generate([5] * 20, sampling_params=LONG))
-        while (await engine.stats()).num_running == 0:
-            await asyncio.sleep(0)
+        await brake.held()
         assert not task.done()  # asyncio.run cancels it
 
+    brake.set(3)
     asyncio.run(leave_one_running())
+    brake.release()
     asyncio.run(settled(engine))
     assert len(asyncio.run(ask(engine, [5, 6]))) == 12
     asyncio.run(engine.stop())
@@ -131,8 +130,9 @@ class ClosedLoop:
         raise RuntimeError("Event loop is closed")
 
 
-async def test_a_loop_that_is_closed_under_its_request(folder: Path) -> None:
+async def test_a_loop_that_is_closed_under_its_request(folder: Path, brake: Brake) -> None:
     async with make_engine(folder) as engine:
+        brake.set(3)
         client = engine._client
         assert isinstance(client, EngineCoreClient)
         async with aclosing(engine.stream([5] * 20, sampling_params=LONG, request_id="lost")) as events:
@@ -141,6 +141,7 @@ async def test_a_loop_that_is_closed_under_its_request(folder: Path) -> None:
                     break
             known = client._consumers["lost"]
             client._consumers["lost"] = replace(known, loop=ClosedLoop())  # type: ignore[arg-type]
+            brake.release()
             await settled(engine)
             assert "lost" not in client._consumers
             assert len(await ask(engine, [5, 6])) == 12
@@ -152,12 +153,12 @@ async def test_a_cancelled_start_leaves_no_thread(folder: Path, monkeypatch: pyt
 
     def wait_for_the_test(*arguments: Any) -> Executor:
         loading.set()
-        go_on.wait(10)
+        go_on.wait(PATIENCE_S)
         return build_executor(*arguments)
 
     monkeypatch.setattr("sagellm_core.llm_engine.build_executor", wait_for_the_test)
     task = asyncio.ensure_future(engine.start())
-    await asyncio.to_thread(loading.wait, 10)
+    await asyncio.to_thread(loading.wait, PATIENCE_S)
     task.cancel()
     await asyncio.sleep(0)
     go_on.set()

@@ -109,7 +109,7 @@ def test_a_damaged_file_counts_as_absent_and_is_written_again(
     }[damage]
     assert ruined != content
     file.write_bytes(ruined)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="sagellm_core"):
         assert torch.equal(logits(load(model_folder, tmp_path)), expected)
         assert "is damaged" in caplog.text
         caplog.clear()
@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_nothing_but_a_warning(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="sagellm_core"):
         load(model_folder, tmp_path)
     assert "packed weights are not kept" in caplog.text
     assert not files(tmp_path)
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="sagellm_core"):
         load(model_folder, blocked / "packed")
     assert "packed weights are not kept" in caplog.text
 
