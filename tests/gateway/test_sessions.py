@@ -45,6 +45,14 @@ async def begin(client: httpx.AsyncClient, **fields: Any) -> str:
     return str(answer.json()["id"])
 
 
+async def asked(app: Gateway, session_id: str) -> LeavingClient:
+    """Somebody who asks something in a session, and has the first words of a long answer."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "session_id": session_id, "stream": True}
+    caller = LeavingClient(app, CHAT, {**body, "max_tokens": 4000})
+    await until(lambda: sum(b"w1 " in message.get("body", b"") for message in caller.sent))
+    return caller
+
+
 def roles(engine: FakeEngine) -> list[tuple[str, str]]:
     """What the engine was asked last."""
     return [(message.role, message.text) for message in engine.requests[-1].messages or ()]
@@ -193,9 +201,7 @@ async def test_an_answer_that_was_cut_short_is_kept_as_far_as_it_came(
     client: httpx.AsyncClient, app: Gateway, engine: FakeEngine
 ) -> None:
     session_id = await begin(client)
-    body = {"messages": [{"role": "user", "content": "hi"}], "session_id": session_id, "stream": True}
-    caller = LeavingClient(app, CHAT, {**body, "max_tokens": 4000})
-    await until(lambda: sum(b"w1 " in message.get("body", b"") for message in caller.sent))
+    caller = await asked(app, session_id)
     caller.leave()
     await caller.done
     await until(lambda: not any("remember" in repr(task) for task in app.tasks))
@@ -211,9 +217,7 @@ async def test_an_answer_that_was_cut_short_is_not_added_to_what_came_after(
 ) -> None:
     """As where a page stops an answer, takes it back and goes on before the server has noticed that it left."""
     session_id = await begin(client)
-    body = {"messages": [{"role": "user", "content": "hi"}], "session_id": session_id, "stream": True}
-    caller = LeavingClient(app, CHAT, {**body, "max_tokens": 4000})
-    await until(lambda: sum(b"w1 " in message.get("body", b"") for message in caller.sent))
+    caller = await asked(app, session_id)
     after = {"clear": {"keep": 0}, "messages": {"content": "again", "max_tokens": 1}}[step]
     assert (await client.post(f"/sessions/{session_id}/{step}", json=after)).status_code == 200
     held = (await client.get(f"/sessions/{session_id}")).json()
