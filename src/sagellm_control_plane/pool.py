@@ -235,7 +235,7 @@ class EnginePool:
         return sum(died_at >= at for died_at in self._died_at)
 
     def has_trial(self, row: int) -> bool:
-        """Whether an engine has a request that may have killed another one and made no token yet."""
+        """Whether an engine has a request that may have killed another one and has not got any further yet."""
         return any(stay.is_trial for stay in self._stays[self._by_row[row]])
 
     def has_suspect(self, row: int) -> bool:

@@ -78,15 +78,12 @@ def text_of(request: Request) -> str:
     """The text that a prompt begins with, for engines that tell nothing of their caches."""
     if isinstance(request.prompt, str):
         return request.prompt
-    return "".join([str(message.__dict__["content"]) for message in request.messages or ()])
+    return "".join([str(message.content) for message in request.messages or ()])
 
 
 def estimate_prompt_tokens(request: Request) -> int:
     """Prompt tokens for ledger and routing: exact where the token ids are known, else by the length of the UTF-8."""
-    fields = request.__dict__  # several times as fast as its attributes, and every request comes by
-    prompt, token_ids = fields["prompt"], fields["prompt_token_ids"]
-    if isinstance(prompt, list):
-        token_ids = prompt
+    token_ids = request.prompt if isinstance(request.prompt, list) else request.prompt_token_ids
     if token_ids is not None:
         return len(token_ids)
     text = text_of(request)
@@ -102,11 +99,9 @@ def num_outputs(request: Request) -> int:
 
 def output_limit(request: Request) -> int | None:
     """The most tokens of one answer, where the request says so."""
-    fields = request.__dict__
-    limit: int | None = fields["max_tokens"]
-    sampling = fields["sampling_params"]
-    if limit is not None:
-        return limit
+    if request.max_tokens is not None:
+        return request.max_tokens
+    sampling = request.sampling_params
     return sampling.max_tokens if sampling is not None and "max_tokens" in sampling.model_fields_set else None
 
 

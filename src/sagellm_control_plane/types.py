@@ -114,15 +114,14 @@ class PerformanceTotals:
 
     def add(self, response: Response | StreamEventEnd, latency_s: float) -> None:
         """Count one finished request."""
-        fields = response.__dict__  # several times as fast as its attributes, and every request comes by
-        usage = fields["usage"].__dict__
+        usage = response.usage.__dict__  # every attribute of a pydantic value costs about as much as this
         self.num_requests += 1
-        self.num_failed += fields["error"] is not None
+        self.num_failed += response.error is not None
         self.num_output_tokens += usage["completion_tokens"]
         self.num_prompt_tokens += usage["prompt_tokens"]
         self.num_cached_tokens += usage["cached_tokens"]
         self.latency_s += latency_s
-        self.ttft_ms += fields["metrics"].__dict__["ttft_ms"]
+        self.ttft_ms += response.metrics.ttft_ms
 
     def metrics(self, elapsed_s: float, *, num_running: int, num_places: int, num_waiting: int) -> ControlPlaneMetrics:
         """The figures of `elapsed_s` seconds."""

@@ -142,7 +142,7 @@ class EngineCollector(Collector):
 
     def observe(self, request: Request, answer: Response | StreamEventEnd, waited_s: float) -> None:
         """Count one request that has ended and had waited so long before an engine had it."""
-        fields = answer.__dict__  # several times as fast as its attributes, and every request comes by
+        fields = answer.__dict__  # every attribute of a pydantic value costs about as much as this
         engine_id, outputs, usage = fields["engine_id"], fields["outputs"], fields["usage"].__dict__
         # A request that was given up may never have had an engine.
         key = engine_id or f"/{request.model}"

@@ -23,7 +23,7 @@ _FINISH_REASONS: dict[FinishReason, ChatFinishReason] = {
 
 def plain_choice(output: CompletionOutput) -> AnswerChoice:
     """The choice of a text that holds neither thoughts nor calls."""
-    fields = output.__dict__  # several times as fast as its attributes, and every answer comes by
+    fields = output.__dict__  # every attribute of a pydantic value costs about as much as this
     return AnswerChoice(
         fields["text"],
         finish_reason=_FINISH_REASONS[fields["finish_reason"]],

@@ -54,7 +54,7 @@ class LiveStats:
 
     def observe(self, _: Request, answer: Response | StreamEventEnd, waited_s: float) -> None:
         """Count a request that has ended and had waited so long for an engine."""
-        fields = answer.__dict__  # several times as fast as its attributes, and every request comes by
+        fields = answer.__dict__  # every attribute of a pydantic value costs about as much as this
         usage, metrics = fields["usage"].__dict__, fields["metrics"].__dict__
         self._num_requests += 1
         self._num_failed += fields["error"] is not None

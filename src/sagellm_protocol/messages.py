@@ -63,7 +63,7 @@ class ChatMessage(EchoedModel):
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
-        fields = self.__dict__  # several times as fast as its attributes, for each message of each call
+        fields = self.__dict__  # every attribute costs about as much as this, and each message of each call comes by
         role, has_calls = fields["role"], bool(fields["tool_calls"])
         if fields["content"] is None and not has_calls and role != "assistant":
             raise InvalidArgumentError(

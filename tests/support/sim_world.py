@@ -13,8 +13,10 @@ from sagellm_control_plane.autoscaler_config import AutoscalerConfig
 from sagellm_control_plane.config import ControlPlaneConfig, FailoverConfig, PDSeparationConfig
 from sagellm_control_plane.engines import ManagedEngine, Wanted
 from sagellm_control_plane.lifecycle_config import BreakerConfig, LifecycleConfig
+from sagellm_control_plane.prompts import num_outputs
 from sagellm_control_plane.quotas import QuotaConfig, TenantQuota
 from sagellm_control_plane.replacement import replace_model
+from sagellm_control_plane.ticket import FURTHER_TOKENS
 from sagellm_control_plane.types import EngineState
 from sagellm_protocol import (
     SLO,
@@ -284,7 +286,10 @@ class World:
         elif outcome is FinishReason.ABORT:
             assert any(isinstance(op, asyncio.Future) for op in self.operations), f"nobody aborted it: {name}"
         elif outcome is ErrorCode.INTERNAL:
-            pass  # condemned; see `check`
+            lost = [stay for stay in trace.stays if stay.left_because]
+            most = FURTHER_TOKENS * num_outputs(call.request)
+            assert len(lost) >= 2, f"condemned without cause: {name}"
+            assert lost[-1].num_output_tokens <= most, f"condemned although it got further: {name}"
         elif outcome is ErrorCode.DEADLINE_EXCEEDED:
             assert call.request.slo is not None, name
         else:
